@@ -1,0 +1,9 @@
+"""Mixture of experts: gates, routing, experts and the ways to run them. `MoEMlp` is the layer."""
+
+from __future__ import annotations
+
+from m3bsr.moe.gates import GATES
+from m3bsr.moe.moe_mlp import MoEMlp
+from m3bsr.moe.routing import Routing
+
+__all__ = ["GATES", "MoEMlp", "Routing"]

@@ -20,6 +20,7 @@ from m3bsr.utils.lookup import lookup
 
 GATE_MODES = ("shared", "per_task", "task_conditioned")
 SHARED = "shared"
+TASK_CODE = "task_code"
 
 
 class TaskCode(nn.Module):
@@ -81,23 +82,24 @@ class MoEMlp(nn.Module):
         if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
             raise ValueError(f"tasks must be a tuple of distinct names, got {tasks!r}")
         check_backend(backend)
-        self.embed_dim, self.num_experts, self.top_k = embed_dim, num_experts, top_k
+        self.embed_dim, self.hidden_dim, self.num_experts, self.top_k = embed_dim, hidden_dim, num_experts, top_k
         self.gate_mode, self.backend, self.tasks = gate_mode, backend, tuple(tasks)
-        self.renormalize = renormalize
         self.windows: dict[str, tuple[int, int]] = {}
         if experts_per_task is not None:
             if experts_per_task < top_k:
                 raise ValueError(f"experts_per_task={experts_per_task} is fewer than top_k={top_k}")
             self.windows = dict(zip(tasks, expert_windows(len(tasks), num_experts, experts_per_task), strict=True))
         names = self.tasks if gate_mode == "per_task" else (SHARED,)
-        self.task_code = TaskCode(len(self.tasks), task_dim) if gate_mode == "task_conditioned" else None
-        in_dim = embed_dim + (task_dim if self.task_code is not None else 0)
+        in_dim = embed_dim + (task_dim if gate_mode == "task_conditioned" else 0)
         self.gates = nn.ModuleDict(
             {
                 name: gate_type(in_dim, num_experts, top_k, noise_std=noise_std, renormalize=renormalize)
                 for name in names
             }
         )
+        self.renormalize: bool = self.gates[names[0]].renormalize
+        if gate_mode == "task_conditioned":
+            self.gates[TASK_CODE] = TaskCode(len(self.tasks), task_dim)
         self.experts = Experts(num_experts, embed_dim, hidden_dim)
 
     @property
@@ -143,7 +145,7 @@ class MoEMlp(nn.Module):
                 raise ValueError(f'no gate for task "{unknown[0]}"; this layer knows {", ".join(self.tasks)}')
         images, num_tokens, dim = x_BND.shape
         parts_TD = x_BND.reshape(len(tasks), images // len(tasks) * num_tokens, dim).unbind(0)
-        if self.task_code is not None:
+        if self.gate_mode == "task_conditioned":
             parts_TD = tuple(self._with_code(part, task) for part, task in zip(parts_TD, tasks, strict=True))
         if self.gate_mode == "per_task" or self.windows:
             groups = [
@@ -160,8 +162,7 @@ class MoEMlp(nn.Module):
         return self.gates[task] if len(self.tasks) > 1 else self.gates[self.tasks[0]]
 
     def _with_code(self, part_TD: Tensor, task: str) -> Tensor:
-        assert self.task_code is not None
-        code = self.task_code(self.tasks.index(task) if len(self.tasks) > 1 else 0).to(part_TD.dtype)
+        code = self.gates[TASK_CODE](self.tasks.index(task) if len(self.tasks) > 1 else 0).to(part_TD.dtype)
         return torch.cat([part_TD, code.expand(part_TD.shape[0], -1)], dim=1)
 
     def _join(self, outputs: Sequence[GateOutput], tasks: tuple[str, ...]) -> Routing:

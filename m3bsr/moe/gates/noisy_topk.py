@@ -16,11 +16,11 @@ MIN_STD = 1e-2
 class NoisyTopKGate(nn.Module):
     """`logits = x W_g + eps * (softplus(x W_n) + 1e-2)` in training; top-k, then a softmax over the k.
 
-    The noise learns its own size (`w_noise` starts at zero: std .70), so `noise_std` does not apply, and the weights
-    always sum to 1. The same gate without noise is `vmoe` with `renormalize=True`.
+    The noise learns its own size (`w_noise` starts at zero: std .70), so `noise_std` does not apply. The weights
+    sum to 1 whatever `renormalize` says. The same gate without noise is `vmoe` with `renormalize=True`.
 
     Raises:
-        ValueError: for a `noise_std` other than 0, or `renormalize=False`.
+        ValueError: for a `noise_std` other than 0.
     """
 
     def __init__(
@@ -30,9 +30,7 @@ class NoisyTopKGate(nn.Module):
         check_gate(num_experts, top_k, noise_std)
         if noise_std != 0:
             raise ValueError(f"gate noisy_topk learns its noise: noise_std must stay 0, got {noise_std}")
-        if not renormalize:
-            raise ValueError("gate noisy_topk has weights that sum to 1: renormalize=False needs gate vmoe or cosine")
-        self.num_experts, self.top_k = num_experts, top_k
+        self.num_experts, self.top_k, self.renormalize = num_experts, top_k, True
         self.w_gate = gate_weight(in_dim, num_experts)
         self.w_noise = nn.Parameter(torch.zeros(in_dim, num_experts))
 

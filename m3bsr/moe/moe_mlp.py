@@ -79,8 +79,8 @@ class MoEMlp(nn.Module):
         gate_type = lookup(GATES, gate, "gate")
         if gate_mode not in GATE_MODES:
             raise ValueError(f'gate_mode must be one of {", ".join(GATE_MODES)}, got "{gate_mode}"')
-        if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks):
-            raise ValueError(f"tasks must be a tuple of distinct names, got {tasks!r}")
+        if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks) or any("." in t for t in tasks):
+            raise ValueError(f"tasks must be a tuple of distinct names without dots, got {tasks!r}")
         check_backend(backend)
         self.embed_dim, self.hidden_dim, self.num_experts, self.top_k = embed_dim, hidden_dim, num_experts, top_k
         self.gate_mode, self.backend, self.tasks = gate_mode, backend, tuple(tasks)
@@ -145,24 +145,23 @@ class MoEMlp(nn.Module):
                 raise ValueError(f'no gate for task "{unknown[0]}"; this layer knows {", ".join(self.tasks)}')
         images, num_tokens, dim = x_BND.shape
         parts_TD = x_BND.reshape(len(tasks), images // len(tasks) * num_tokens, dim).unbind(0)
+        # A layer made for a single task has no choice to make, whatever the task is called.
+        names = tasks if self.task_dependent else self.tasks[:1] * len(tasks)
         if self.gate_mode == "task_conditioned":
-            parts_TD = tuple(self._with_code(part, task) for part, task in zip(parts_TD, tasks, strict=True))
+            parts_TD = tuple(self._with_code(part, name) for part, name in zip(parts_TD, names, strict=True))
         if self.gate_mode == "per_task" or self.windows:
-            groups = [
-                (self._gate(task), part, self.windows.get(task)) for task, part in zip(tasks, parts_TD, strict=True)
+            outputs = [
+                self._gate(name)(part, self.windows.get(name)) for part, name in zip(parts_TD, names, strict=True)
             ]
         else:
-            groups = [(self.gates[SHARED], torch.cat(parts_TD), None)]
-        return self._join([gate(part, window) for gate, part, window in groups], tasks)
+            outputs = [self.gates[SHARED](torch.cat(parts_TD))]
+        return self._join(outputs, tasks)
 
     def _gate(self, task: str) -> nn.Module:
-        if self.gate_mode != "per_task":
-            return self.gates[SHARED]
-        # A layer with a single gate has no choice to make, whatever the task is called.
-        return self.gates[task] if len(self.tasks) > 1 else self.gates[self.tasks[0]]
+        return self.gates[task if self.gate_mode == "per_task" else SHARED]
 
     def _with_code(self, part_TD: Tensor, task: str) -> Tensor:
-        code = self.gates[TASK_CODE](self.tasks.index(task) if len(self.tasks) > 1 else 0).to(part_TD.dtype)
+        code = self.gates[TASK_CODE](self.tasks.index(task)).to(part_TD.dtype)
         return torch.cat([part_TD, code.expand(part_TD.shape[0], -1)], dim=1)
 
     def _join(self, outputs: Sequence[GateOutput], tasks: tuple[str, ...]) -> Routing:

@@ -1,0 +1,149 @@
+"""A ViT that serves several tasks: one shared prefix, then one stream of tokens per task.
+
+Everything up to the attention of the first task-dependent block runs once for all tasks. From its MLP on, the tasks
+are stacked in the batch (task-major), so that one call of each layer serves all of them, and each task drops its own
+tokens. Only the tasks that are asked for are computed.
+
+Shapes: B images, T tasks, N = P + h*w tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+from torch import Tensor, nn
+
+from m3bsr.bsr import DropStage, ReprogrammedMixin, TokenState, restore
+from m3bsr.moe import MoEMlp, Routing
+from m3bsr.utils.lookup import lookup
+
+
+@dataclass(frozen=True)
+class BackboneOutput:
+    """Features of each task and how they came about."""
+
+    features: dict[str, Tensor]
+    """``[B, P + h*w, D]`` per task, before any final norm, dropped tokens restored to their places."""
+    grid: tuple[int, int]
+    routing: dict[int, Routing]
+    """MoE block -> where its tokens went."""
+    stages: dict[str, tuple[DropStage, ...]]
+    """Per task the drops that its tokens went through."""
+    balance_loss: Tensor
+    z_loss: Tensor
+
+
+class TaskViTMixin(ReprogrammedMixin):
+    """Forward passes by task; the model's blocks may hold :class:`~m3bsr.moe.MoEMlp` layers."""
+
+    tasks: tuple[str, ...]
+
+    @property
+    def moe_blocks(self) -> tuple[int, ...]:
+        return tuple(i for i, block in enumerate(self.blocks) if isinstance(block.mlp, MoEMlp))
+
+    def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+        """Features ``[B, P + h*w, D]`` of each task asked for (default: all), before any final norm."""
+        return self.forward_tasks(images, tasks).features
+
+    def forward_tasks(self, images: Tensor, tasks: Sequence[str] | None = None) -> BackboneOutput:
+        """Like :meth:`forward`, with routing, drops and auxiliary losses.
+
+        Args:
+            images: ``[B, 3, H, W]``, normalised.
+            tasks: names out of ``self.tasks``.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        tasks = self.tasks if tasks is None else tuple(tasks)
+        for task in tasks:
+            lookup(dict.fromkeys(self.tasks), task, "task of this model")
+        routing: dict[int, Routing] = {}
+        streams = tasks[:1]  # tasks that the batch is stacked for at this point
+
+        def fork(index: int, state: TokenState) -> TokenState:
+            nonlocal streams
+            mlp = self.blocks[index].mlp
+            if len(tasks) > 1 and len(streams) == 1 and isinstance(mlp, MoEMlp) and mlp.task_dependent:
+                streams = tasks
+                return state.repeat(len(tasks))
+            return state
+
+        def run_mlp(index: int, mlp: nn.Module, x_BND: Tensor) -> Tensor:
+            if not isinstance(mlp, MoEMlp):
+                return mlp(x_BND)
+            y_BND, routing[index] = mlp(x_BND, streams)
+            return y_BND
+
+        state, grid = self.forward_tokens(images, restorable=True, run_mlp=run_mlp, fork=fork)
+        per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
+        restored = restore(state, self.plan.restore, grid, getattr(self, "bsr_adapters", None)).x_BND
+        features = restored.chunk(len(streams)) if len(streams) > 1 else [restored] * len(tasks)
+        learning = [r for i, r in routing.items() if any(p.requires_grad for p in self.blocks[i].mlp.gates.parameters())]
+        zero = restored.new_zeros(())
+        return BackboneOutput(
+            features=dict(zip(tasks, features, strict=True)),
+            grid=grid,
+            routing=routing,
+            stages={task: state.stages for task, state in zip(tasks, per_task, strict=True)},
+            balance_loss=sum((r.balance_loss for r in learning), zero),
+            z_loss=sum((r.z_loss for r in learning), zero),
+        )
+
+
+def _split(state: TokenState, times: int) -> list[TokenState]:
+    """Undo ``TokenState.repeat``: one state per task."""
+    return [state.map(lambda t, i=i: t.chunk(times)[i]) for i in range(times)]
+
+
+def add_moe(
+    vit: nn.Module,
+    *,
+    blocks: Sequence[int],
+    tasks: Sequence[str],
+    num_experts: int,
+    top_k: int,
+    mlp_ratio: float,
+    gate: str,
+    gate_mode: str,
+    noise_std: float = 0.0,
+    renormalize: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Replace the MLP of the given blocks by mixtures of experts (fresh weights; see ``m3bsr.backbones.weights``).
+
+    Raises:
+        ValueError: a block out of range.
+    """
+    depth = len(vit.blocks)  # type: ignore[arg-type]
+    wrong = [i for i in blocks if not 0 <= i < depth]
+    if wrong:
+        raise ValueError(f"moe.blocks {wrong} out of range: the backbone has blocks 0 to {depth - 1}")
+    reference = next(vit.parameters())
+    for i in blocks:
+        vit.blocks[i].mlp = MoEMlp(  # type: ignore[index,union-attr]
+            vit.embed_dim,  # type: ignore[arg-type]
+            round(vit.embed_dim * mlp_ratio),  # type: ignore[operator]
+            num_experts,
+            top_k,
+            gate=gate,
+            gate_mode=gate_mode,
+            tasks=tuple(tasks),
+            noise_std=noise_std,
+            renormalize=renormalize,
+            backend=backend,
+        ).to(reference.device, reference.dtype)
+
+
+def drop_final_norm(vit: nn.Module) -> None:
+    """Dense heads normalise for themselves: take the classifier and the final norms away."""
+    for name in ("norm", "fc_norm", "head", "head_dist", "head_drop"):
+        if isinstance(getattr(vit, name, None), nn.Module):
+            setattr(vit, name, nn.Identity())
+    if getattr(vit, "attn_pool", None) is not None:
+        vit.attn_pool = None  # type: ignore[assignment]
+
+

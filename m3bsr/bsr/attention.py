@@ -1,0 +1,97 @@
+"""Self-attention that also says how much each token matters, without keeping the N x N matrix.
+
+Shapes: B images, H heads, N tokens (P prefix tokens first, then M others), d = head width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from torch import Tensor, nn
+
+ScoreKind = Literal["none", "class_row", "received"]
+# Rows of the attention matrix that are alive at once while received attention is summed.
+RECEIVED_CHUNK = 256
+
+
+class Attended(NamedTuple):
+    """What one attention layer gives: its output, the scores of the non-prefix tokens, and their keys."""
+
+    x_BND: Tensor
+    scores_BM: Tensor | None
+    keys_BMd: Tensor | None
+
+
+def use_explicit_attention(device: torch.device, dtype: torch.dtype, num_tokens: int, needs_grad: bool) -> bool:
+    """Whether softmax(QK^T)V written out beats ``scaled_dot_product_attention`` here.
+
+    Only on CPU in bfloat16 with a backward pass and few tokens, where the fused kernel's backward is slow
+    (``make bench`` prints the ratios; LOG.md keeps them). Everywhere else the fused form is as fast or faster and
+    never stores the N x N matrix.
+    """
+    return device.type == "cpu" and dtype == torch.bfloat16 and needs_grad and num_tokens <= 512
+
+
+def check_attention(attn: nn.Module, block: int) -> Attention:
+    """Return ``attn`` as timm's plain ``Attention``.
+
+    Raises:
+        ValueError: another attention class, whose scores this library does not know how to read.
+    """
+    if not isinstance(attn, Attention):
+        raise ValueError(
+            f"block {block} uses {type(attn).__name__}; token dropping reads the scores of timm's Attention only. "
+            f"Leave this block out of bsr.drop_blocks and do not let it score"
+        )
+    return attn
+
+
+def attend(attn: Attention, x_BND: Tensor, *, score: ScoreKind, num_prefix: int, want_keys: bool) -> Attended:
+    """Run timm's ``Attention`` on ``x_BND`` and, on demand, score its tokens.
+
+    Args:
+        attn: the layer; its weights and options (qk-norm, gating, dropout) are used as they are.
+        x_BND: normalised tokens ``[B, N, D]``.
+        score: ``"class_row"``: the class token's attention to the other tokens, ``mean_h softmax(q_cls K^T/sqrt(d))``;
+            ``"received"``: the mean attention that a token receives, for models without a class token.
+        num_prefix: number P of prefix tokens, which get no score.
+        want_keys: also return the keys, averaged over heads ``[B, M, d]`` (for matching tokens by similarity).
+
+    Returns:
+        Output ``[B, N, D]``; scores ``[B, M]`` as the softmax over all N gives them (they sum to at most 1).
+    """
+    B, N, _ = x_BND.shape
+    q, k, v = attn.qkv(x_BND).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    if use_explicit_attention(x_BND.device, q.dtype, N, torch.is_grad_enabled() and q.requires_grad):
+        weights_BHNN = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        out_BHNd = F.dropout(weights_BHNN, dropout) @ v
+    else:
+        out_BHNd = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    out_BND = out_BHNd.transpose(1, 2).reshape(B, N, attn.num_heads * attn.head_dim)
+    if isinstance(getattr(attn, "norm", None), nn.Module):
+        out_BND = attn.norm(out_BND)
+    if isinstance(getattr(attn, "gate", None), nn.Module):
+        out_BND = out_BND * attn.gate(x_BND).sigmoid()
+    out_BND = attn.proj_drop(attn.proj(out_BND))
+    return Attended(
+        out_BND,
+        None if score == "none" else token_scores(q, k, attn.scale, score, num_prefix),
+        k[:, :, num_prefix:].mean(1).detach() if want_keys else None,
+    )
+
+
+def token_scores(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, score: ScoreKind, num_prefix: int) -> Tensor:
+    """Scores ``[B, M]`` of the tokens behind the prefix, in float32 (see :func:`attend`)."""
+    q, k = q_BHNd.float(), k_BHNd.float()
+    if score == "class_row":
+        row_BH1N = ((q[:, :, :1] * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+        return row_BH1N[:, :, 0, num_prefix:].mean(1)
+    received_BN = q.new_zeros(q.shape[0], q.shape[2])
+    for rows in (q * scale).split(RECEIVED_CHUNK, dim=2):
+        received_BN = received_BN + (rows @ k.transpose(-2, -1)).softmax(dim=-1).sum(2).mean(1)
+    return received_BN[:, num_prefix:] / q.shape[2]

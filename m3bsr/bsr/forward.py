@@ -1,0 +1,154 @@
+"""The forward pass of a reprogrammed ViT: timm's blocks, one after the other, with drops between attention and MLP.
+
+``run_blocks`` is the whole method on one screen. It works on timm's ``Block`` modules as they are and holds no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from m3bsr.bsr.attention import Attended, attend, check_attention
+from m3bsr.bsr.restore import restore
+from m3bsr.bsr.tokens import TokenState, drop
+from m3bsr.plan import Plan
+
+RunMLP = Callable[[int, nn.Module, Tensor], Tensor]
+Fork = Callable[[int, TokenState], TokenState]
+
+
+def plain_mlp(index: int, mlp: nn.Module, x_BND: Tensor) -> Tensor:
+    return mlp(x_BND)
+
+
+def no_fork(index: int, state: TokenState) -> TokenState:
+    return state
+
+
+@dataclass(frozen=True)
+class BlockRoles:
+    """What each block does under a plan, worked out once."""
+
+    trained: tuple[bool, ...]
+    score_of: dict[int, int]
+    """Drop block -> the block whose attention scores it uses."""
+
+    @property
+    def first_trained(self) -> int:
+        """Index of the first trained block, ``depth`` if there is none."""
+        return next((i for i, trained in enumerate(self.trained) if trained), len(self.trained))
+
+    def scores(self, index: int) -> bool:
+        return index in self.score_of.values()
+
+
+def block_roles(plan: Plan, depth: int) -> BlockRoles:
+    """Work out which blocks train and which score.
+
+    Raises:
+        ValueError: a block out of range, the last block dropping, or (``score_source="frozen"``) a trained drop block
+            without a frozen block before it.
+    """
+    plan.validate_depth(depth)
+    trained = tuple(plan.train_blocks == "all" or i in plan.train_blocks for i in range(depth))
+    score_of = {}
+    for block in plan.drop_blocks:
+        source = block
+        if plan.score_source == "frozen":
+            while source >= 0 and trained[source]:
+                source -= 1
+            if source < 0:
+                raise ValueError(
+                    f'bsr.score_source "frozen" needs a frozen block at or before drop block {block}, but blocks 0 to '
+                    f'{block} are all trained; use score_source="own" or train later blocks'
+                )
+        score_of[block] = source
+    return BlockRoles(trained, score_of)
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    state: TokenState,
+    plan: Plan,
+    roles: BlockRoles,
+    *,
+    keep_rates: dict[int, float],
+    grid: tuple[int, int],
+    has_class_token: bool,
+    restorable: bool = False,
+    adapters: nn.ModuleDict | None = None,
+    run_mlp: RunMLP = plain_mlp,
+    fork: Fork = no_fork,
+) -> TokenState:
+    """Run all blocks.
+
+    Args:
+        blocks: timm blocks; only those that drop or score must be plain ``Block`` modules.
+        state: tokens after the embedding.
+        keep_rates: keep rate of each drop block at this step (see ``Plan.keep_rate_at``).
+        grid: patches per column and row, for restoring.
+        restorable: record dropped features.
+        run_mlp: called for the MLP of each block, so that a MoE layer can be told its tasks.
+        fork: called right before each MLP; may multiply the batch (one copy per task).
+    """
+    for i, block in enumerate(blocks):
+        if i == plan.restore_before:
+            state = restore(state, plan.restore, grid, adapters)
+        if not isinstance(block, Block):
+            if i in roles.score_of or roles.scores(i):
+                raise ValueError(f"block {i} is a {type(block).__name__}; only timm's Block can drop or score tokens")
+            state = replace(state, x_BND=block(state.x_BND))
+            continue
+        frozen_with_graph = i > roles.first_trained and not roles.trained[i] and torch.is_grad_enabled()
+        run = _recompute if plan.recompute == "frozen" and frozen_with_graph else _call
+        needs_keys = restorable and plan.restore == "transfer" and i in roles.score_of
+        kind = "none" if not roles.scores(i) else ("class_row" if has_class_token else "received")
+
+        attended: Attended = run(_attention_half, block, i, state.x_BND, kind, state.num_prefix, needs_keys)
+        state = replace(state, x_BND=attended.x_BND)
+        scores, keys = (_ordinary(t, state) for t in (attended.scores_BM, attended.keys_BMd))
+        if scores is not None and plan.score_source == "frozen":
+            scores = scores.detach()
+            state = replace(state, scores_BM=scores)
+        if i in roles.score_of:
+            used = state.scores_BM if plan.score_source == "frozen" else scores
+            assert used is not None
+            state = drop(
+                state, used, block=i, keep_rate=keep_rates[i], fuse=plan.fuse, restorable=restorable, keys_BMd=keys
+            )
+        state = fork(i, state)
+        state = replace(state, x_BND=run(_mlp_half, block, i, state.x_BND, run_mlp))
+    return state
+
+
+def _attention_half(
+    block: Block, index: int, x_BND: Tensor, kind, num_prefix: int, want_keys: bool
+) -> Attended:
+    normed = block.norm1(x_BND)
+    if kind == "none" and not want_keys and not hasattr(block.attn, "head_dim"):
+        return Attended(x_BND + block.drop_path1(block.ls1(block.attn(normed))), None, None)
+    attn = check_attention(block.attn, index)
+    attended = attend(attn, normed, score=kind, num_prefix=num_prefix, want_keys=want_keys)
+    return attended._replace(x_BND=x_BND + block.drop_path1(block.ls1(attended.x_BND)))
+
+
+def _mlp_half(block: Block, index: int, x_BND: Tensor, run_mlp: RunMLP) -> Tensor:
+    return x_BND + block.drop_path2(block.ls2(run_mlp(index, block.mlp, block.norm2(x_BND))))
+
+
+def _ordinary(per_token: Tensor | None, state: TokenState) -> Tensor | None:
+    """Cut the protected tokens off: nobody may drop them."""
+    return None if per_token is None else per_token[:, : state.num_ordinary]
+
+
+def _call(fn, *args):
+    return fn(*args)
+
+
+def _recompute(fn, *args):
+    return checkpoint(fn, *args, use_reentrant=False)

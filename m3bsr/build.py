@@ -1,0 +1,128 @@
+"""From a config to objects: the only place that knows both.
+
+Every function takes the whole ``Config`` and returns plain objects; what they are built from takes keyword arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.data import Dataset
+
+from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, task_backbone
+from m3bsr.config import Config
+from m3bsr.data import DATASETS, build_transform
+from m3bsr.engine import optim, schedule
+from m3bsr.heads import HEADS
+from m3bsr.models import MultiTaskModel
+from m3bsr.tasks import TASKS
+from m3bsr.tasks.base import Task
+from m3bsr.utils.log import get_logger
+from m3bsr.utils.lookup import lookup
+
+log = get_logger(__name__)
+
+
+def build_tasks(config: Config) -> dict[str, Task]:
+    """The tasks of the config, with the data set's own settings (number of classes, edge tolerance).
+
+    Raises:
+        ValueError: a task that nobody knows, or that the data set has no labels for.
+    """
+    dataset = lookup(DATASETS, config.data.name, "data.name")
+    tasks = {}
+    for name in config.data.tasks:
+        task = lookup(TASKS, name, "data.tasks")
+        lookup(dict.fromkeys(dataset.known_tasks), name, f"data.tasks of {config.data.name}")
+        tasks[name] = task(**dataset.task_kwargs.get(name, {}))
+    return tasks
+
+
+def build_backbone(config: Config) -> TaskViTMixin:
+    """The backbone with its experts and weights, before any plan.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown backbone, weights that do not fit.
+    """
+    name, moe = config.model.backbone, config.moe
+    common = {"img_size": config.data.image_size}
+    experts: dict[str, Any] = {
+        "num_experts": moe.num_experts,
+        "top_k": moe.top_k,
+        "gate": moe.gate,
+        "gate_mode": moe.gate_mode,
+        "noise_std": moe.noise_std,
+        "renormalize": moe.renormalize,
+        "backend": moe.backend,
+    }
+    if name in DENSE_NAMES:
+        backbone = timm.create_model(
+            name,
+            tasks=config.data.tasks,
+            moe_blocks=moe.blocks,
+            moe_mlp_ratio=moe.mlp_ratio,
+            drop_path=config.model.drop_path,
+            **common,
+            **experts,
+        )
+    else:
+        backbone = task_backbone(_timm_vit(name, drop_path_rate=config.model.drop_path, **common), config.data.tasks)
+        if moe.blocks:
+            add_moe(backbone, blocks=moe.blocks, tasks=config.data.tasks, mlp_ratio=moe.mlp_ratio, **experts)
+    if config.model.weights:
+        source: Any = config.model.weights
+        if source == "timm":
+            source = timm.create_model(DENSE_NAMES.get(name, name), pretrained=True).state_dict()
+        report = load_weights(backbone, source, upcycle=moe.upcycle, noise=moe.upcycle_noise)
+        log.info("%s: %s", config.model.weights, report)
+    return backbone
+
+
+def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
+    """A timm model by name, checked to be a ``VisionTransformer``."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*timm.list_models("*vit*"), *timm.list_models("*deit*")], 1)
+        raise ValueError(f"model.backbone: unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    model = timm.create_model(name, num_classes=0, **kwargs)
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"model.backbone: {name} is a {type(model).__name__}, not a timm VisionTransformer")
+    return model
+
+
+def build_model(config: Config) -> MultiTaskModel:
+    """Backbone and heads, with the plan ``config.bsr`` applied: frozen parameters have ``requires_grad=False``."""
+    tasks = build_tasks(config)
+    backbone = build_backbone(config)
+    head = lookup(HEADS, config.model.head, "model.head")
+    heads: dict[str, nn.Module] = {
+        name: head(backbone.embed_dim, task.num_channels, head_dim=config.model.head_dim)
+        for name, task in tasks.items()
+    }
+    backbone.set_plan(config.bsr)
+    return MultiTaskModel(backbone, heads)
+
+
+def build_datasets(config: Config, target_size: str = "network") -> tuple[Dataset, Dataset]:
+    """Training and validation set; ``target_size="original"`` leaves the validation labels at their own size."""
+    data = config.data
+    dataset = lookup(DATASETS, data.name, "data.name")
+    train = dataset(
+        data.root,
+        data.train_split,
+        data.tasks,
+        transform=build_transform(data.augment, data.image_size, train=True),
+        max_samples=data.max_train,
+    )
+    val = dataset(
+        data.root,
+        data.val_split,
+        data.tasks,
+        transform=build_transform("none", data.image_size, train=False),
+        max_samples=data.max_val,
+        target_size=target_size,
+    )
+    return train, val

@@ -1,0 +1,72 @@
+"""A backbone and a head per task. Tasks are known by name only.
+
+Shapes: B images, C channels of a task, D embedding width, h x w patches, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from m3bsr.backbones import TaskViTMixin
+from m3bsr.bsr import DropStage
+from m3bsr.moe import Routing
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Predictions and what the report and the auxiliary losses need of the way to them."""
+
+    predictions: dict[str, Tensor]
+    """Raw head outputs ``[B, C, H, W]`` per task."""
+    balance_loss: Tensor
+    z_loss: Tensor
+    routing: dict[int, Routing]
+    stages: dict[str, tuple[DropStage, ...]]
+    grid: tuple[int, int]
+
+
+class MultiTaskModel(nn.Module):
+    """``model(images, tasks=("depth",))`` runs that task's path alone: its gates, its experts, its head."""
+
+    def __init__(self, backbone: TaskViTMixin, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        assert set(heads) == set(backbone.tasks), "one head per task of the backbone"
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.backbone.tasks
+
+    def set_step(self, step: int) -> None:
+        """Tell the training step (keep-rate schedules)."""
+        self.backbone.set_step(step)
+
+    def forward(
+        self, images: Tensor, tasks: Sequence[str] | None = None, size: tuple[int, int] | None = None
+    ) -> ModelOutput:
+        """Predict.
+
+        Args:
+            images: ``[B, 3, H, W]``, normalised.
+            tasks: the tasks wanted, all by default; only their path is computed.
+            size: height and width of the predictions, by default those of the images.
+        """
+        output = self.backbone.forward_tasks(images, tasks)
+        size = (images.shape[-2], images.shape[-1]) if size is None else size
+        maps = {task: self._grid(x_BND, output.grid) for task, x_BND in output.features.items()}
+        return ModelOutput(
+            predictions={task: self.heads[task](x_BDhw, size) for task, x_BDhw in maps.items()},
+            balance_loss=output.balance_loss,
+            z_loss=output.z_loss,
+            routing=output.routing,
+            stages=output.stages,
+            grid=output.grid,
+        )
+
+    def _grid(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens as a map ``[B, D, h, w]``."""
+        return x_BND[:, self.backbone.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)

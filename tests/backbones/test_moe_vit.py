@@ -1,0 +1,203 @@
+"""The task backbone: one shared prefix, one stream per task, weights from dense models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
+
+from m3bsr import Plan
+from m3bsr.backbones import MoEVisionTransformer, add_moe, load_weights, read_weights, task_backbone
+from m3bsr.moe import MoEMlp
+
+TASKS = ("semseg", "depth", "normals")
+SIZES = {"patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3}
+DEIT = Path(__file__).parents[3] / "shared" / "weights" / "deit_tiny_patch16_224.safetensors"
+
+
+def make(**overrides) -> MoEVisionTransformer:
+    torch.manual_seed(0)
+    options = {"img_size": (32, 48), "moe_blocks": (3, 5), "num_experts": 8, "top_k": 4, "renormalize": True}
+    return MoEVisionTransformer(**{**SIZES, "tasks": TASKS, **options, **overrides})
+
+
+def dense(**overrides) -> VisionTransformer:
+    torch.manual_seed(1)
+    return VisionTransformer(**{"img_size": 32, "num_classes": 7, **SIZES, **overrides})
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan((5,), drop_blocks=(1, 4), keep_rate=0.5), Plan((3, 5), drop_blocks=(2,), keep_rate=0.6, fuse="mean", restore="bypass")])
+@pytest.mark.parametrize("gate_mode", ["per_task", "shared", "task_conditioned"])
+def test_tasks_together_equal_tasks_alone(plan: Plan, gate_mode: str) -> None:
+    backbone = make(gate_mode=gate_mode).eval()
+    backbone.set_plan(plan)
+    together = backbone.forward_tasks(images())
+    assert together.grid == (4, 6)
+    for task in TASKS:
+        alone = backbone.forward_tasks(images(), (task,))
+        torch.testing.assert_close(alone.features[task], together.features[task], rtol=1e-4, atol=1e-5)
+        assert len(alone.stages[task]) == len(together.stages[task]) == len(plan.drop_blocks)
+        for a, b in zip(alone.stages[task], together.stages[task], strict=True):
+            assert torch.equal(a.keep_idx_BK, b.keep_idx_BK)
+
+
+def test_the_prefix_is_computed_once_and_one_task_costs_one_path() -> None:
+    backbone = make(moe_blocks=(5,)).eval()
+
+    def flops(tasks: tuple[str, ...]) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(images(), tasks)
+        return counter.get_total_flops()
+
+    one, two, three = flops(TASKS[:1]), flops(TASKS[:2]), flops(TASKS)
+    assert three - two == two - one < one / 6  # only the last block's MLP is done again
+
+
+def test_no_state_is_left_and_the_balance_loss_reaches_the_gates() -> None:
+    backbone = make()
+    before = set(backbone.__dict__)
+    output = backbone.forward_tasks(images())
+    output.balance_loss.backward()
+    assert set(backbone.__dict__) == before
+    gate = backbone.blocks[3].mlp.gates["depth"]
+    assert gate.w_gate.grad is not None and gate.w_gate.grad.abs().sum() > 0
+    assert output.routing.keys() == {3, 5} and output.routing[3].tasks == TASKS
+
+
+@pytest.mark.parametrize(("upcycle", "moe_mlp_ratio"), [("copy", 4.0), ("split", 1.0)])
+def test_upcycled_weights_start_as_the_dense_model(upcycle: str, moe_mlp_ratio: float) -> None:
+    vit = dense(img_size=(32, 48)).eval()
+    backbone = make(moe_mlp_ratio=moe_mlp_ratio).eval()
+    report = load_weights(backbone, vit.state_dict(), upcycle=upcycle)
+    assert report.upcycled_blocks == (3, 5) and report.ignored == ("head", "norm")
+    vit.norm = torch.nn.Identity()
+    expected = vit.forward_features(images())
+    for features in backbone(images()).values():
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_position_embeddings_are_resampled_also_with_as_many_patches() -> None:
+    vit = dense(img_size=48)  # 6 x 6
+    wide = MoEVisionTransformer(img_size=(32, 72), moe_blocks=(), tasks=TASKS, **SIZES)  # 4 x 9: also 36
+    load_weights(wide, vit.state_dict())
+    assert not torch.allclose(wide.pos_embed, vit.pos_embed)
+    torch.testing.assert_close(wide.pos_embed[:, 0], vit.pos_embed[:, 0])
+    same = MoEVisionTransformer(img_size=48, moe_blocks=(), tasks=TASKS, **SIZES)
+    load_weights(same, vit.state_dict())
+    assert torch.equal(same.pos_embed, vit.pos_embed)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
+def test_files_load(tmp_path: Path, suffix: str) -> None:
+    vit, path = dense(), tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(vit.state_dict(), path)
+    elif suffix == ".pth":
+        torch.save({"model": vit.state_dict(), "epoch": 3}, path)
+    else:
+        write_npz(vit, path)
+    backbone = MoEVisionTransformer(img_size=32, moe_blocks=(), tasks=TASKS, **SIZES)
+    load_weights(backbone, path)
+    own = backbone.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in vit.state_dict().items() if k in own)
+
+
+def write_npz(vit: VisionTransformer, path: Path) -> None:
+    """The layout of the ImageNet-21k files, as far as timm reads it."""
+    import numpy as np
+
+    state = {k: v.numpy() for k, v in vit.state_dict().items()}
+    D, H = vit.embed_dim, vit.blocks[0].attn.num_heads
+    out = {
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+    }
+    for i in range(len(vit.blocks)):
+        block, target = f"blocks.{i}.", f"Transformer/encoderblock_{i}/"
+        for ours, theirs in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
+            out[f"{target}{theirs}/scale"] = state[f"{block}{ours}.weight"]
+            out[f"{target}{theirs}/bias"] = state[f"{block}{ours}.bias"]
+        qkv, bias = state[f"{block}attn.qkv.weight"], state[f"{block}attn.qkv.bias"]
+        for n, name in enumerate(("query", "key", "value")):
+            out[f"{target}MultiHeadDotProductAttention_1/{name}/kernel"] = qkv[n * D : (n + 1) * D].T.reshape(D, H, -1)
+            out[f"{target}MultiHeadDotProductAttention_1/{name}/bias"] = bias[n * D : (n + 1) * D].reshape(H, -1)
+        out[f"{target}MultiHeadDotProductAttention_1/out/kernel"] = state[f"{block}attn.proj.weight"].T.reshape(H, -1, D)
+        out[f"{target}MultiHeadDotProductAttention_1/out/bias"] = state[f"{block}attn.proj.bias"]
+        for n, name in enumerate(("fc1", "fc2")):
+            out[f"{target}MlpBlock_3/Dense_{n}/kernel"] = state[f"{block}mlp.{name}.weight"].T
+            out[f"{target}MlpBlock_3/Dense_{n}/bias"] = state[f"{block}mlp.{name}.bias"]
+    renamed = {k.replace("LayerNorm_2", "LayerNorm_2"): v for k, v in out.items()}
+    np.savez(path, **renamed)
+
+
+def test_real_deit_weights_load_and_are_upcycled() -> None:
+    if not DEIT.is_file():
+        pytest.skip(f"needs the DeiT-tiny weights at {DEIT}")
+    backbone = timm.create_model("m3vit_tiny_patch16", img_size=(240, 320), tasks=("semseg", "depth"), renormalize=True)
+    report = load_weights(backbone, DEIT, upcycle="split")
+    assert report.upcycled_blocks == (1, 3, 5, 7, 9, 11)
+    assert backbone.pos_embed.shape == (1, 1 + 15 * 20, 192)
+
+
+def test_weights_with_another_head_count_are_refused() -> None:
+    twelve = MoEVisionTransformer(embed_dim=384, depth=1, num_heads=12, moe_blocks=(), tasks=TASKS)
+    six = VisionTransformer(embed_dim=384, depth=1, num_heads=6).state_dict()
+    with pytest.raises(ValueError, match="6 attention heads, the model has 12"):
+        load_weights(twelve, six)
+    load_weights(twelve, six, num_heads=12)
+
+
+def test_bad_weight_files_are_refused(tmp_path: Path) -> None:
+    backbone = make(moe_blocks=(), img_size=32)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_weights(backbone, tmp_path / "none.safetensors")
+    for name in ("broken.safetensors", "broken.pth", "broken.npz"):
+        (tmp_path / name).write_bytes(b"\x00\x01 not weights")
+        with pytest.raises(ValueError, match=name):
+            load_weights(backbone, tmp_path / name)
+    torch.save({"model": {"x": object}}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="evil.pth"):
+        read_weights(tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="has shape"):
+        load_weights(backbone, dense(embed_dim=48).state_dict())
+    with pytest.raises(ValueError, match="missing"):
+        load_weights(backbone, {})
+
+
+@pytest.mark.parametrize("cls", [VisionTransformer, VisionTransformerDistilled])
+def test_any_timm_vit_serves_tasks_and_takes_experts(cls: type) -> None:
+    backbone = task_backbone(cls(img_size=(32, 48), num_classes=3, **SIZES), TASKS)
+    dense_features = backbone(images())
+    assert dense_features["depth"] is dense_features["semseg"]
+    add_moe(backbone, blocks=(4,), tasks=TASKS, num_experts=4, top_k=2, mlp_ratio=1, gate="noisy_topk", gate_mode="per_task")
+    assert backbone.moe_blocks == (4,) and isinstance(backbone.blocks[4].mlp, MoEMlp)
+    features = backbone.eval()(images())
+    assert features["depth"].shape == (2, 24 + backbone.num_prefix_tokens, 24)
+    assert not torch.equal(features["depth"], features["semseg"])
+    with pytest.raises(ValueError, match="out of range"):
+        add_moe(backbone, blocks=(6,), tasks=TASKS, num_experts=4, top_k=2, mlp_ratio=1, gate="vmoe", gate_mode="shared")
+    with pytest.raises(ValueError, match="did you mean 'depth'"):
+        backbone(images(), tasks=("dept",))
+
+
+def test_registered_models_have_moe_at_odd_blocks_and_any_size() -> None:
+    model = timm.create_model("m3vit_tiny_patch16", img_size=(48, 80), tasks=("depth",), num_experts=4, top_k=2)
+    assert isinstance(model, MoEVisionTransformer) and model.moe_blocks == (1, 3, 5, 7, 9, 11)
+    assert model.blocks[0].attn.num_heads == 3
+    assert model(torch.randn(1, 3, 48, 80))["depth"].shape == (1, 16, 192)
+    model.set_input_size((64, 64))
+    assert model(torch.randn(1, 3, 64, 64))["depth"].shape == (1, 17, 192)

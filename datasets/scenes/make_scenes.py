@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a data set of ray-cast rooms with exact labels, in the layout of NYUD_MT or PASCAL_MT.
+"""Make a data set of ray-cast pictures with exact labels, in the layout of NYUD_MT or PASCAL_MT.
 
     python datasets/scenes/make_scenes.py --out DIR --train 200 --val 50 --domain source --size 120x160 --seed 0
 
@@ -24,11 +24,12 @@ from pathlib import Path
 if str(Path(__file__).resolve().parent) not in sys.path:  # when a test loads this file by its path
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from scene_figures import render_figures
 from scene_layouts import LAYOUTS
 from scene_rooms import DOMAINS, render_scene
 from scene_work import Job, make_one
 
-__all__ = ["main", "make_scenes", "render_scene"]
+__all__ = ["main", "make_scenes", "render_figures", "render_scene"]
 
 VERSION = 1  # raise it when the same arguments begin to give other files
 VAL_OFFSET = 1_000_000_000  # validation pictures are numbered from here, so neither split depends on the other's size
@@ -82,7 +83,7 @@ def _fill(root: Path, jobs: list[Job], layout_name: str, workers: int, quiet: bo
 
     layout = LAYOUTS[layout_name]
     for folder in layout.folders:
-        (root / folder).mkdir(parents=True)
+        (root / folder).mkdir(parents=True, exist_ok=True)
     facts = {}
     bar = tqdm(_results(jobs, root, workers), total=len(jobs), unit="img", desc="scenes", disable=quiet)
     for name, fact in bar:
@@ -123,7 +124,7 @@ def make_scenes(
     shutil.rmtree(temporary, ignore_errors=True)
     counts = {"train": (train, 0), "val": (val, VAL_OFFSET)}
     jobs = [
-        Job(layout, seed, domain, offset + i, tuple(size), split, f"{domain}_{split}_{i:05d}")
+        Job(layout, seed, domain, offset + i, (size[0], size[1]), split, f"{domain}_{split}_{i:05d}")
         for split, (count, offset) in counts.items()
         for i in range(count)
     ]

@@ -16,6 +16,7 @@ from scene_textures import Texture
 WALL, FLOOR, CABINET, BED, CHAIR, SOFA, TABLE, DOOR, WINDOW, BOOKSHELF, PICTURE = range(1, 12)
 CURTAIN, PILLOW, FLOOR_MAT, CEILING, TELEVISION, BOX_LABEL, LAMP, OTHER_PROP = 16, 18, 20, 22, 25, 29, 35, 40
 VOID = 0
+PLANT = 53  # OTHER_PROP on disk in NYUD_MT, a class of its own (pottedplant) in PASCAL_MT
 
 PALETTES: dict[str, dict[str, str]] = {
     # warm living rooms and bedrooms
@@ -320,9 +321,9 @@ def ornament(piece: Piece, look: Look, at) -> None:
     elif kind == 1:
         carton(piece.on_top(BOX_LABEL, at, 0.3), look, (0.26, 0.2, 0.16), False)
     elif kind == 2:
-        plant(piece.on_top(OTHER_PROP, at), look, (0.3, 0.3, 0.4), False)
+        plant(piece.on_top(PLANT, at), look, (0.3, 0.3, 0.4), False)
     elif kind == 3:
-        ball(piece.on_top(OTHER_PROP, at), look, (0.22,), False)
+        ball(piece.on_top(OTHER_PROP, at), look, (0.22, 0.22, 0.22), False)
     else:
         vase = piece.on_top(VOID, at)
         vase.ellipsoid((0, 0, 0.12), (0.08, 0.08, 0.13), look("toy"))

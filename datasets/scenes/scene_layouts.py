@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scene_figures import PART_NAMES, render_figures
 from scene_rooms import render_scene
 
 # The 40 classes in the order of the raw labels 1 to 40, spelled as in NYUD_MT.
@@ -68,6 +70,70 @@ def _finish_nyud(root: Path, splits: dict[str, list[str]], samples: dict[str, di
     (root / "class_names.txt").write_text("".join(f"{name}\n" for name in NYUD_NAMES))
 
 
+VOC_NAMES = "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person"
+VOC_NAMES += " pottedplant sheep sofa train tvmonitor"
+VOC_VOID = 255
+
+
+def _struct(rows: list[dict]) -> np.ndarray:
+    """A MATLAB struct array [1, n], as savemat wants it."""
+    array = np.empty((1, len(rows)), dtype=[(key, object) for key in rows[0]])
+    for i, row in enumerate(rows):
+        for key, value in row.items():
+            array[0, i][key] = value
+    return array
+
+
+def annotation(name: str, sample: dict[str, np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """The `anno` struct of PASCAL-Part for the VOC objects of a picture, and their classes.
+
+    anno(1).imname, .objects(i).class, .class_ind, .mask, .parts(k).part_name, .mask; parts only for people.
+    """
+    objects = []
+    for number in np.unique(sample["instance"][sample["semseg"] > 0]):
+        mask = (sample["instance"] == number) & (sample["semseg"] > 0)
+        kind = int(sample["semseg"][mask][0])
+        parts: np.ndarray = np.empty((0, 0))
+        if kind == 15:
+            there = np.unique(sample["part"][mask])
+            rows = [
+                {"part_name": PART_NAMES[p], "mask": (mask & (sample["part"] == p)).astype(np.uint8)} for p in there
+            ]
+            parts = _struct(rows)
+        fields = {"class": VOC_NAMES.split()[kind], "class_ind": kind, "mask": mask.astype(np.uint8), "parts": parts}
+        objects.append(fields)
+    nothing = np.empty((1, 0), dtype=[(key, object) for key in ("class", "class_ind", "mask", "parts")])
+    anno = _struct([{"imname": name, "objects": _struct(objects) if objects else nothing}])
+    return anno, [fields["class_ind"] for fields in objects]
+
+
+def _write_pascal(root: Path, name: str, sample: dict[str, np.ndarray]) -> dict:
+    from scipy.io import savemat
+
+    Image.fromarray(sample["image"]).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
+    mat = root / "pascal-context" / "trainval" / f"{name}.mat"
+    savemat(mat, {"LabelMap": sample["context"]}, do_compression=True)
+    semseg = sample["semseg"].copy()
+    folder = "pascal-context"
+    if int(name[-5:]) % 2 == 0:  # as in the original, some pictures have VOC labels, with void round the objects
+        folder = "VOC12"
+        semseg[(sample["edge"] > 0) & (semseg > 0)] = VOC_VOID
+    Image.fromarray(semseg).save(root / "semseg" / folder / f"{name}.png")
+    anno, classes = annotation(name, sample)
+    savemat(root / "human_parts" / f"{name}.mat", {"anno": anno}, do_compression=True)
+    normals = np.rint((sample["normals"] + 1.0) * 127.5).astype(np.uint8)
+    Image.fromarray(normals).save(root / "normals_distill" / f"{name}.png")
+    Image.fromarray(sample["saliency"] * 255).save(root / "sal_distill" / f"{name}.png")
+    return {"classes": classes}
+
+
+def _finish_pascal(root: Path, splits: dict[str, list[str]], samples: dict[str, dict]) -> None:
+    for split, names in splits.items():
+        (root / "ImageSets" / "Context" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        classes = {name: samples[name]["classes"] for name in names}
+        (root / "ImageSets" / "Parts" / f"{split}.txt").write_text(json.dumps(classes, indent=0) + "\n")
+
+
 @dataclass(frozen=True)
 class Layout:
     """`write` stores one sample and may return facts about it, which `finish` gets for all samples by name."""
@@ -81,5 +147,21 @@ class Layout:
 LAYOUTS: dict[str, Layout] = {
     "NYUD_MT": Layout(
         ("images", "segmentation", "depth", "normals", "edge", "gt_sets"), render_scene, _write_nyud, _finish_nyud
+    ),
+    "PASCAL_MT": Layout(
+        (
+            "JPEGImages",
+            "pascal-context/trainval",
+            "semseg/VOC12",
+            "semseg/pascal-context",
+            "human_parts",
+            "normals_distill",
+            "sal_distill",
+            "ImageSets/Context",
+            "ImageSets/Parts",
+        ),
+        render_figures,
+        _write_pascal,
+        _finish_pascal,
     ),
 }

@@ -95,7 +95,7 @@ KINDS = {
     "cabinet": Kind(f.CABINET, f.cabinet, ((0.8, 1.5), (0.4, 0.6), (0.75, 2.1))),
     "bookshelf": Kind(f.BOOKSHELF, f.bookshelf, ((0.7, 1.2), (0.28, 0.36), (1.3, 2.1))),
     "lamp": Kind(f.LAMP, f.floor_lamp, ((0.34, 0.46), (0.34, 0.46), (1.3, 1.6))),
-    "plant": Kind(f.OTHER_PROP, f.plant, ((0.5, 0.7), (0.5, 0.7), (0.8, 1.3))),
+    "plant": Kind(f.PLANT, f.plant, ((0.5, 0.7), (0.5, 0.7), (0.8, 1.3))),
     "table": Kind(f.TABLE, f.table, ((0.9, 1.6), (0.7, 0.9), (0.5, 0.76))),
     "chair": Kind(f.CHAIR, f.chair, ((0.44, 0.52), (0.44, 0.52), (0.9, 1.0))),
     "carton": Kind(f.BOX_LABEL, f.carton, ((0.35, 0.6), (0.3, 0.5), (0.25, 0.45))),
@@ -134,6 +134,9 @@ class Plot:
     def free_span(self, wall: str, start: float, end: float) -> bool:
         inside = -self.length(wall) / 2 + 0.1 < start and end < self.length(wall) / 2 - 0.1
         return inside and all(end < a or start > b for a, b in self.spans[wall])
+
+
+Visit = Callable[[Scene, Plot, Look], None]
 
 
 def _between(rng: np.random.Generator, low_high: tuple[float, float]) -> float:
@@ -279,8 +282,8 @@ def _mat(scene: Scene, plot: Plot, look: Look) -> None:
         mat.box((0, 0, 0.006), (rng.uniform(1.2, 2.2), rng.uniform(1.0, 1.7), 0.012), texture, shadow=False)
 
 
-def build_room(domain: str, rng: np.random.Generator) -> Scene:
-    """A furnished room of a domain."""
+def build_room(domain: str, rng: np.random.Generator, visit: Visit | None = None) -> Scene:
+    """A furnished room of a domain; `visit` may put something of its own on the empty floor first."""
     style, look = STYLES[domain], Look(PALETTES[domain], rng)
     modern = domain == "target"
     width, depth, height = (_between(rng, r) for r in style.room)
@@ -303,6 +306,8 @@ def build_room(domain: str, rng: np.random.Generator) -> Scene:
     plot.taken.append((x - 0.6, x + 0.6, y - 0.6, y + 1.1))  # nothing right before the lens
     _doors(scene, plot, look)
     _mat(scene, plot, look)
+    if visit is not None:
+        visit(scene, plot, look)
     for i in range(int(rng.integers(*style.num_pieces, endpoint=True))):
         if i % 5 < 3:
             _along_wall(scene, plot, look, _pick(rng, style.along_walls), modern)
@@ -348,4 +353,6 @@ def render_scene(
     rng = generator(seed, domain, index)
     scene = build_room(domain, rng)
     scene.camera = move_camera(scene.camera, mirrored, camera_shift, roll, zoom)
-    return render(scene, height, width, rng, mirrored)
+    view = render(scene, height, width, rng, mirrored)
+    view["segmentation"][view["segmentation"] == f.PLANT] = f.OTHER_PROP
+    return view

@@ -176,3 +176,76 @@ def test_the_folder_is_whole_or_not_there_and_never_overwritten_by_accident(tmp_
     assert "not made by make_scenes.py" in capsys.readouterr().err and (mine / "holiday.jpg").exists()
     assert scenes.main(["--out", str(tmp_path / "x"), "--size", "120"]) == 2
     assert "height x width" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pascal(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pascal") / "PASCAL_MT"
+    scenes.make_scenes(out, train=6, val=4, domain="source", size=(72, 96), layout="PASCAL_MT", quiet=True)
+    return out
+
+
+def _mat(path: Path) -> dict:
+    return pytest.importorskip("scipy.io").loadmat(path)
+
+
+def test_pascal_layout_is_complete(pascal):
+    for split, count in (("train", 6), ("val", 4)):
+        names = (pascal / "ImageSets" / "Context" / f"{split}.txt").read_text().split()
+        classes = json.loads((pascal / "ImageSets" / "Parts" / f"{split}.txt").read_text())
+        assert len(names) == count and list(classes) == names
+        for name in names:
+            assert np.array(Image.open(pascal / "JPEGImages" / f"{name}.jpg")).shape == (72, 96, 3)
+            label_map = _mat(pascal / "pascal-context" / "trainval" / f"{name}.mat")["LabelMap"]
+            assert label_map.shape == (72, 96) and label_map.min() >= 1 and label_map.max() <= 459
+            found = [pascal / "semseg" / folder / f"{name}.png" for folder in ("VOC12", "pascal-context")]
+            (semseg,) = [np.array(Image.open(path)) for path in found if path.exists()]
+            assert set(np.unique(semseg)) <= {*range(21), 255}
+            normals = np.array(Image.open(pascal / "normals_distill" / f"{name}.png")) / 127.5 - 1
+            np.testing.assert_allclose(np.linalg.norm(normals, axis=-1), 1.0, atol=0.02)
+            sal = np.array(Image.open(pascal / "sal_distill" / f"{name}.png"))
+            assert set(np.unique(sal)) <= {0, 255}
+            objects = _mat(pascal / "human_parts" / f"{name}.mat")["anno"][0][0]["objects"]
+            assert [int(o["class_ind"][0, 0]) for o in objects.ravel()] == classes[name]
+            if 15 in classes[name]:
+                assert ((sal > 0) & (semseg > 0)).any()
+    assert list((pascal / "semseg" / "VOC12").iterdir()) and list((pascal / "semseg" / "pascal-context").iterdir())
+
+
+def test_the_parts_on_disk_are_those_of_the_figures(pascal):
+    from scene_figures import SIX_PARTS
+    from scene_layouts import PART_NAMES
+
+    seen = set()
+    for index in range(6):
+        view = scenes.render_figures(0, "source", index, 72, 96)
+        objects = _mat(pascal / "human_parts" / f"source_train_{index:05d}.mat")["anno"][0][0]["objects"].ravel()
+        parts = np.zeros((72, 96), dtype=np.uint8)
+        for thing in objects:
+            assert (view["semseg"][thing["mask"].astype(bool)] == int(thing["class_ind"][0, 0])).all()
+            for part in thing["parts"].ravel() if int(thing["class_ind"][0, 0]) == 15 else ():
+                assert not (part["mask"] > thing["mask"]).any()
+                parts[part["mask"].astype(bool)] = SIX_PARTS[PART_NAMES.index(str(part["part_name"][0]))]
+        np.testing.assert_array_equal(parts, view["human_parts"])
+        np.testing.assert_array_equal(parts > 0, view["semseg"] == 15)
+        seen |= set(np.unique(parts).tolist())
+    assert seen == {0, 1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("index", [0, 1, 4])  # a room, a meadow, and whatever comes fifth
+def test_a_mirrored_picture_with_figures_is_the_flipped_one(index):
+    plain = scenes.render_figures(0, "target", index, H, W)
+    mirrored = scenes.render_figures(0, "target", index, H, W, mirrored=True)
+    for key in ("semseg", "human_parts", "saliency", "context"):
+        assert (plain[key][:, ::-1] != mirrored[key]).mean() < 1e-3, key
+    flipped = plain["normals"][:, ::-1] * np.float32([-1, 1, 1])
+    assert (np.abs(flipped - mirrored["normals"]).max(-1) > 1e-4).mean() < 2e-3
+
+
+def test_a_picture_without_objects_still_has_an_annotation(tmp_path):
+    from scene_layouts import annotation
+
+    nothing = np.zeros((4, 5), dtype=np.uint8)
+    anno, classes = annotation("empty", {"instance": nothing + 1, "semseg": nothing, "part": nothing})
+    pytest.importorskip("scipy.io").savemat(tmp_path / "a.mat", {"anno": anno})
+    assert classes == [] and _mat(tmp_path / "a.mat")["anno"][0][0]["objects"].size == 0

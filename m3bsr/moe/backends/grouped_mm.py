@@ -67,8 +67,8 @@ def _slab(x_RD: Tensor, plan: Dispatch, ids: tuple[int, ...], first: int, expert
 
 def _linear(x_RI: Tensor, counts_E: Tensor, ids: tuple[int, ...], linears: Any) -> Tensor:
     if x_RI.shape[0] == 0:  # grouped_mm refuses no rows at all; a trained expert still gets its zero gradient
-        touched = sum((linears[e].weight.sum() + linears[e].bias.sum()) * 0 for e in ids)
-        return x_RI.new_zeros(0, linears[ids[0]].weight.shape[0]) + touched.to(x_RI.dtype)
+        touched = sum((linears[e].weight.sum() + linears[e].bias.sum()) * 0 for e in ids).to(x_RI.dtype)
+        return x_RI.new_zeros(0, linears[ids[0]].weight.shape[0]) + (touched + x_RI.sum())
     weight_EOI = torch.stack([linears[e].weight for e in ids]).to(x_RI.dtype)
     bias_EO = torch.stack([linears[e].bias for e in ids]).to(x_RI.dtype)
     weight_EOI = _MaskEmpty.apply(weight_EOI, counts_E)

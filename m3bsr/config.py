@@ -1,0 +1,375 @@
+"""A complete run as plain data: frozen dataclasses, checked when made, overridden from the command line by tyro.
+
+A config file (``configs/*.py``) builds one ``Config`` named ``config``. Its JSON goes into the run folder and every
+checkpoint, and evaluation rebuilds the model from that alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import runpy
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from m3bsr.plan import Plan
+
+
+def _positive(owner: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or number <= 0):
+                raise ValueError(f"{section}.{name} must be positive, got {value}")
+
+
+def _not_negative(owner: object, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{section}.{name} must not be negative, got {value}")
+
+
+def _one_of(owner: object, section: str, **known: Sequence[str]) -> None:
+    for name, values in known.items():
+        value = getattr(owner, name)
+        if value not in values:
+            near = difflib.get_close_matches(str(value), values, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{section}.{name} must be one of {', '.join(values)}, got {value!r}{hint}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    name: str = "nyud"
+    """Data set (a name in m3bsr.data.DATASETS)."""
+    root: str = "datasets/nyud/NYUD_MT"
+    """Folder of the data; relative to $M3BSR_DATASETS where that is set."""
+    tasks: tuple[str, ...] = ("semseg", "depth", "normals", "edge")
+    """Tasks to train and evaluate."""
+    image_size: tuple[int, int] = (480, 640)
+    """Height and width that the network sees; multiples of the patch size."""
+    augment: str = "astmt"
+    """Transform recipe of training (a name in m3bsr.data.RECIPES); validation only resizes."""
+    num_workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+    train_split: str = "train"
+    """Split file to train on."""
+    val_split: str = "val"
+    """Split file to evaluate on."""
+    max_train: int | None = None
+    """Use only the first so many training samples."""
+    max_val: int | None = None
+    """Use only the first so many validation samples."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "data", "image_size", "max_train", "max_val")
+        _not_negative(self, "data", "num_workers")
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"data.tasks must name at least one task, each once, got {self.tasks}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone and heads."""
+
+    backbone: str = "m3vit_small_patch16"
+    """m3vit_{tiny,small,base}_patch16, or any timm VisionTransformer."""
+    weights: str = ""
+    """Where the backbone starts: a file (.safetensors, .pth, .npz), "timm" (its hub), or empty for random weights."""
+    head: str = "light"
+    """Head of every dense task (a name in m3bsr.heads.HEADS)."""
+    head_dim: int = 128
+    """Width of the light head."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "model", "head_dim")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.drop_path must lie in [0, 1), got {self.drop_path}")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixtures of experts."""
+
+    blocks: tuple[int, ...] | None = None
+    """Blocks with experts; None: the backbone's own (odd ones in m3vit), an empty list: none."""
+    num_experts: int = 16
+    """Experts per block."""
+    top_k: int = 4
+    """Experts that serve a token."""
+    mlp_ratio: float = 1.0
+    """Width of an expert over the embedding width."""
+    gate: str = "vmoe"
+    """Kind of gate (a name in m3bsr.moe.GATES)."""
+    gate_mode: Literal["shared", "per_task", "task_conditioned"] = "per_task"
+    """One gate for all, one per task, or one that is told the task."""
+    noise_std: float = 0.0
+    """Noise of the gate in training."""
+    renormalize: bool = True
+    """Make the weights of the chosen experts sum to one."""
+    upcycle: Literal["copy", "split", "none"] = "split"
+    """How dense MLP weights become experts."""
+    upcycle_noise: float = 0.0
+    """Relative noise on upcycled weights, to tell the experts apart."""
+    backend: str = "auto"
+    """How experts are run (a name in m3bsr.moe.backends.BACKENDS)."""
+    balance_weight: float = 0.01
+    """Weight of the balance loss."""
+    z_weight: float = 0.0
+    """Weight of the router z-loss."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "moe", "num_experts", "top_k", "mlp_ratio")
+        _not_negative(self, "moe", "noise_std", "upcycle_noise", "balance_weight", "z_weight")
+        _one_of(self, "moe", gate_mode=("shared", "per_task", "task_conditioned"), upcycle=("copy", "split", "none"))
+        if self.top_k > self.num_experts:
+            raise ValueError(f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How losses are put together."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight per task; tasks left out take their default."""
+    stride: int = 1
+    """Compute training losses at 1/stride of the resolution (evaluation stays exact)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "loss", "stride")
+        for task, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"loss.weights of {task} must not be negative, got {weight}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = 10
+    """Passes over the training set."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps, whatever the epochs say."""
+    batch_size: int = 8
+    """Images per step and process (before accumulation)."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one step."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type; fp16 with a gradient scaler, on CUDA only."""
+    clip_norm: float = 1.0
+    """Gradient norm to clip to; 0 does not clip."""
+    eval_every: int = 1
+    """Evaluate after so many epochs; 0: only at the end."""
+    eval_batch_size: int = 8
+    """Images per evaluation step."""
+    save_every: int | None = None
+    """Write `last` every so many steps too, not only after each epoch."""
+    log_every: int = 10
+    """Steps between lines in log.jsonl."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "train", "epochs", "max_steps", "batch_size", "accumulate", "eval_batch_size", "save_every")
+        _positive(self, "train", "log_every")
+        _not_negative(self, "train", "clip_norm", "eval_every")
+        _one_of(self, "train", precision=("fp32", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    head_lr_scale: float = 1.0
+    """Learning rate of the heads over that of the backbone."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices (never of biases, norms, embeddings)."""
+    momentum: float = 0.9
+    """Momentum (sgd)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Moment decay rates (adamw)."""
+    schedule: Literal["cosine", "poly"] = "cosine"
+    """Learning-rate schedule over all steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end."""
+    poly_power: float = 0.9
+    """Power of the poly schedule."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "optim", "lr", "head_lr_scale", "poly_power")
+        _not_negative(self, "optim", "weight_decay", "momentum", "warmup_steps", "min_lr")
+        _one_of(self, "optim", name=("adamw", "sgd"), schedule=("cosine", "poly"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how it starts."""
+
+    dir: str = "runs/default"
+    """Run folder."""
+    seed: int = 0
+    """Seed of everything random."""
+    resume: bool = False
+    """Go on from the last checkpoint in the run folder."""
+    overwrite: bool = False
+    """Throw away what the run folder holds."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto takes CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "run", "seed")
+        _one_of(self, "run", device=("auto", "cpu", "cuda"))
+        if not self.dir:
+            raise ValueError("run.dir must not be empty")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One complete run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    bsr: Plan = field(default_factory=Plan)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """Inverse of :meth:`to_dict`, also after JSON made lists of the tuples.
+
+        Raises:
+            ValueError: an unknown section or field (with the nearest known one), or a bad value.
+        """
+        sections = {section.name: section for section in dataclasses.fields(cls)}
+        built = {}
+        for name, values in data.items():
+            _known(name, sections, "section")
+            make = sections[name].default_factory
+            assert isinstance(make, type)
+            if not isinstance(values, Mapping):
+                raise ValueError(f"section {name} must hold fields, got {values!r}")
+            known = {f.name for f in dataclasses.fields(make)}
+            for key in values:
+                _known(key, known, f"field {name}.")
+            built[name] = make(**{key: _tuples(value) for key, value in values.items()})
+        return cls(**built)
+
+
+def _known(name: str, known: Any, kind: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), 1)
+        space = "" if kind.endswith(".") else " "
+        raise ValueError(f"unknown {kind}{space}{name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def replace(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy with dotted fields changed: ``replace(config, {"bsr.keep_rate": 0.7})``.
+
+    Raises:
+        ValueError: an unknown field, or a bad value.
+    """
+    per_section: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        section, _, name = path.partition(".")
+        _known(section, {f.name for f in dataclasses.fields(config)}, "section")
+        _known(name, {f.name for f in dataclasses.fields(getattr(config, section))}, f"field {section}.")
+        per_section.setdefault(section, {})[name] = value
+    new = {s: dataclasses.replace(getattr(config, s), **changes) for s, changes in per_section.items()}
+    return dataclasses.replace(config, **new)
+
+
+def load_config(path: str | Path) -> Config:
+    """Run a config file and take its ``config``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an error inside the file (with its line), or no ``Config`` named ``config``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise FileNotFoundError(f"no such config file: {path}{hint}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # whatever a user's file may raise
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
+        raise ValueError(f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"{path} must define `config = Config(...)`, found {type(config).__name__}")
+    return config
+
+
+def parse_cli(argv: Sequence[str], description: str) -> tuple[Config, str]:
+    """Parse ``CONFIG [--section.field value ...]``.
+
+    Args:
+        argv: arguments without the program's name. ``--help`` shows every field, with the values of CONFIG if given.
+        description: first line of the help.
+
+    Returns:
+        The config and the path of its file.
+
+    Raises:
+        FileNotFoundError, ValueError: a missing or faulty config file; an unknown option or a bad value, named with
+            its nearest match.
+        SystemExit: after ``--help``.
+    """
+    path = argv[0] if argv and not argv[0].startswith("-") else None
+    if path is None and not {"-h", "--help"} & set(argv):
+        raise ValueError("the first argument must be a config file, such as configs/moe_nyud_tiny.py")
+    default = Config() if path is None else load_config(path)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config = tyro.cli(
+                Config, prog="TOOL CONFIG", default=default, args=list(argv[1:] if path else argv), description=description
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_one_line(errors.getvalue())) from None
+    return config, str(path)
+
+
+def _one_line(message: str) -> str:
+    """tyro's framed error as one line: what is wrong and, for an unknown option, the nearest ones."""
+    lines = [re.sub(r"^[\s│]+|[\s│]+$", "", line) for line in message.splitlines()]
+    text = "\n".join(line for line in lines if line and line[0] not in "╭╰")
+    what, *rest = re.split(r"\n?─{5,}\n?", text)
+    near = re.findall(r"^(--[\w.-]+)", "\n".join(part for part in rest if part.startswith("Perhaps")), re.MULTILINE)
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
+    return re.sub(r"\s+", " ", what).strip() + hint

@@ -8,7 +8,7 @@ Shapes: E experts, D embed_dim, H hidden_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +22,21 @@ class ExpertLinears(nn.ModuleList):
 
     def __init__(self, num_experts: int, in_dim: int, out_dim: int) -> None:
         super().__init__(nn.Linear(in_dim, out_dim) for _ in range(num_experts))
-        for linear in self:
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            nn.init.trunc_normal_(weight, std=0.02)
+            nn.init.zeros_(bias)
         self.register_state_dict_post_hook(_stack)
         self.register_load_state_dict_pre_hook(_unstack)
 
     @property
     def weights(self) -> list[Tensor]:
         """The weights `[out, in]` of all experts."""
-        return [linear.weight for linear in self]
+        return [cast(Tensor, linear.weight) for linear in self]
 
     @property
     def biases(self) -> list[Tensor]:
         """The biases `[out]` of all experts."""
-        return [linear.bias for linear in self]
+        return [cast(Tensor, linear.bias) for linear in self]
 
 
 class Experts(nn.Module):

@@ -97,7 +97,7 @@ class MoEMlp(nn.Module):
                 for name in names
             }
         )
-        self.renormalize: bool = self.gates[names[0]].renormalize
+        self.renormalize = bool(self.gates[names[0]].renormalize)  # whether the weights sum to 1
         if gate_mode == "task_conditioned":
             self.gates[TASK_CODE] = TaskCode(len(self.tasks), task_dim)
         self.experts = Experts(num_experts, embed_dim, hidden_dim)

@@ -19,9 +19,11 @@ def why_not(device: torch.device, dtype: torch.dtype, experts: Experts) -> str |
 
 def run(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts) -> Tensor:
     y_TD = torch.zeros_like(x_TD)
-    for e, (fc1, fc2) in enumerate(zip(experts.fc1, experts.fc2, strict=True)):
+    fc1, fc2 = experts.fc1, experts.fc2
+    params = zip(fc1.weights, fc1.biases, fc2.weights, fc2.biases, strict=True)
+    for e, expert in enumerate(params):
+        w1, b1, w2, b2 = (p.to(x_TD.dtype) for p in expert)
         token_N, choice_N = torch.where(experts_TK == e)
-        h_NH = F.gelu(F.linear(x_TD[token_N], fc1.weight.to(x_TD.dtype), fc1.bias.to(x_TD.dtype)))
-        out_ND = F.linear(h_NH, fc2.weight.to(x_TD.dtype), fc2.bias.to(x_TD.dtype))
+        out_ND = F.linear(F.gelu(F.linear(x_TD[token_N], w1, b1)), w2, b2)
         y_TD = y_TD.index_add(0, token_N, out_ND * weights_TK[token_N, choice_N, None])
     return y_TD

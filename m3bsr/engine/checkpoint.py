@@ -1,0 +1,270 @@
+"""Checkpoints that survive a crash while they are written, and that say so when they are damaged.
+
+A checkpoint is a folder:
+
+    model.safetensors   every parameter and buffer, the frozen ones too: it stands alone
+    state.pt            optimizer, scheduler, loss scaler, random generators, progress; loads with weights_only=True
+    config.json         the run's config, from which the model is rebuilt
+    manifest.json       step, and the SHA-256 of each file above; written last
+
+It is written under a temporary name, flushed to the disk and renamed. ``last`` that was there before is kept as
+``previous``, so at any moment at least one whole checkpoint lies in the folder. Kept are ``last``, ``previous``
+and ``best``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from m3bsr.engine.rng import get_rng_state, set_rng_state
+
+FORMAT = "m3bsr checkpoint 1"
+MODEL, STATE, CONFIG, MANIFEST = "model.safetensors", "state.pt", "config.json", "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, incomplete or made for another model."""
+
+
+def save_checkpoint(
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    optimizer: Any = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    keep_previous: bool = False,
+) -> None:
+    """Write all that an exact resume needs into ``folder``, which is replaced only when everything is on the disk.
+
+    Args:
+        progress: plain data with the number of steps done under ``"step"``.
+        keep_previous: rename a checkpoint that was in ``folder`` to ``previous`` beside it, instead of removing it.
+
+    Raises:
+        OSError: a full disk or the like; ``folder`` is as it was before.
+    """
+    folder = Path(folder)
+    aside, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
+    _remove(aside)
+    try:
+        aside.mkdir(parents=True)
+        save_file(_storable(model.state_dict()), aside / MODEL)
+        state = {
+            "optimizer": optimizer.state_dict() if optimizer is not None else None,
+            "scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "rng": get_rng_state(),
+            "progress": dict(progress),
+        }
+        torch.save(state, aside / STATE)
+        (aside / CONFIG).write_text(json.dumps(config, indent=2))
+        (aside / MODEL).chmod((aside / CONFIG).stat().st_mode)  # safetensors makes it readable by its owner alone
+        sums = {name: _sha256(aside / name) for name in (MODEL, STATE, CONFIG)}
+        manifest = {"format": FORMAT, "step": progress["step"], "sha256": sums}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        for path in (*aside.iterdir(), aside):
+            _flush(path)
+    except BaseException:
+        _remove(aside)
+        raise
+    # A full folder cannot be replaced in one step. Between the two renames the checkpoints are `old` and `aside`,
+    # both whole: newest_checkpoint looks at every folder, and tidy gives them their names.
+    if keep_previous:
+        old = folder.with_name("previous")
+    if folder.exists():
+        _remove(old)
+        folder.rename(old)
+    aside.rename(folder)
+    _flush(folder.parent)
+    if not keep_previous:
+        _remove(old)
+
+
+def verify_checkpoint(folder: str | Path) -> int:
+    """The step of a checkpoint whose files are all there and as they were written.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        CheckpointError: a file is missing or differs from its checksum.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint {folder}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"checkpoint {folder} has format {manifest['format']!r}, expected {FORMAT!r}")
+        step, sums = int(manifest["step"]), {name: manifest["sha256"][name] for name in (MODEL, STATE, CONFIG)}
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {folder} is incomplete: {MANIFEST} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error})") from None
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"checkpoint {folder} is incomplete: {name} is missing")
+        if _sha256(folder / name) != expected:
+            raise CheckpointError(f"checkpoint {folder} is damaged: {name} does not have its checksum")
+    return step
+
+
+def newest_checkpoint(checkpoints: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint among all folders in ``checkpoints``, and a line for each damaged one.
+
+    ``last`` wins among equals. Leftovers of a crash while writing (hidden names) count when they are whole, and are no
+    news when they are not. None if there is none at all.
+    """
+    found: list[tuple[int, bool, Path]] = []
+    complaints = []
+    checkpoints = Path(checkpoints)
+    for folder in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        if not folder.is_dir():
+            continue
+        try:
+            found.append((verify_checkpoint(folder), folder.name == "last", folder))
+        except CheckpointError as error:
+            if not folder.name.startswith("."):
+                complaints.append(str(error))
+    return (max(found)[2] if found else None), complaints
+
+
+def tidy(checkpoints: str | Path) -> None:
+    """Clear away what a crash left while a checkpoint was written; finish the rename if only that was missing."""
+    checkpoints = Path(checkpoints)
+    for suffix in ("writing", "old"):
+        for folder in checkpoints.glob(f".*.{suffix}"):
+            final = checkpoints / folder.name.split(".")[1]
+            if not final.exists() and _is_whole(folder):
+                folder.rename(final)
+            else:
+                _remove(folder)
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Load the weights of a verified checkpoint; every key must be there with its shape.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see :func:`verify_checkpoint`; or the checkpoint is of another model.
+    """
+    folder = Path(folder)
+    verify_checkpoint(folder)
+    try:
+        saved = load_file(folder / MODEL)
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {folder}: {MODEL} cannot be read ({error})") from None
+    own = model.state_dict()
+    problems = [
+        f"{key} is {list(saved[key].shape)} there and {list(own[key].shape)} in the model"
+        for key in own
+        if key in saved and saved[key].shape != own[key].shape
+    ]
+    problems += [f"{key} is missing there" for key in own if key not in saved]
+    problems += [f"{key} is not in the model" for key in saved if key not in own]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"checkpoint {folder} is of another model: {problems[0]}{more}; "
+            f"use the settings in its {CONFIG}, or another run.dir"
+        )
+    model.load_state_dict(saved)
+
+
+def load_state(folder: str | Path) -> dict[str, Any]:
+    """What else a checkpoint holds: ``optimizer, scheduler, scaler, rng, progress``. No code in it is run.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {STATE} cannot be read ({str(error).splitlines()[0]})") from None
+    assert isinstance(state, dict)
+    return state
+
+
+def resume(
+    folder: str | Path, model: nn.Module, optimizer: Any, scheduler: Any, scaler: Any, *, total_steps: int
+) -> dict[str, Any]:
+    """Put everything back as it was when ``folder`` was saved and return the progress.
+
+    The schedule is put back only for a run of the same length; otherwise the new one goes on at the old step.
+
+    Raises:
+        CheckpointError: damaged, or other parameters trained then.
+    """
+    load_weights(model, folder)
+    state = load_state(folder)
+    progress: dict[str, Any] = state["progress"]
+    then, now = (
+        [g.get("param_names") for g in o["param_groups"]] for o in (state["optimizer"], optimizer.state_dict())
+    )
+    if then != now:
+        raise CheckpointError(
+            f"checkpoint {folder}: other parameters trained then than now; "
+            "resume with the bsr and optim settings of its config.json"
+        )
+    optimizer.load_state_dict(state["optimizer"])
+    if progress["total_steps"] == total_steps:
+        scheduler.load_state_dict(state["scheduler"])
+    scheduler.step_update(progress["step"])
+    if scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    set_rng_state(state["rng"])
+    return progress
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, no two of which share memory: what safetensors can write."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

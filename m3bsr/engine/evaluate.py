@@ -1,0 +1,98 @@
+"""Metrics of a model over a data set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from m3bsr.engine.precision import autocast
+from m3bsr.tasks.base import Task
+
+
+class Metrics(dict[str, dict[str, float]]):
+    """``metrics[task][name]``, with how they were measured.
+
+    ``protocol`` is ``"network"`` (labels at the size of the network's input) or ``"original"`` (predictions resized
+    bilinearly to labels of another size, normally that of the photograph).
+    """
+
+    def __init__(self, values: Mapping[str, dict[str, float]], protocol: str, num_images: int) -> None:
+        super().__init__(values)
+        self.protocol = protocol
+        self.num_images = num_images
+
+
+def evaluate(
+    model: nn.Module,
+    tasks: Mapping[str, Task],
+    loader: Iterable[Mapping[str, Any]],
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    progress: bool = True,
+) -> Metrics:
+    """Run ``model`` over ``loader`` in evaluation mode and score every task; its training mode is put back.
+
+    Args:
+        loader: batches ``{"image": [B, 3, H, W], task: [B, C, H', W'] or a list of [C, H', W']}``.
+
+    Raises:
+        ValueError: no batch at all.
+    """
+    device = torch.device(device)
+    metrics = {name: task.metric() for name, task in tasks.items()}
+    protocol, num_images, was_training = "network", 0, model.training
+    model.eval()
+    try:
+        total = len(loader) if isinstance(loader, Sized) else None
+        bar = tqdm(loader, total=total, desc="evaluate", unit="batch", leave=False, disable=not progress)
+        with torch.inference_mode():
+            for batch in bar:
+                images = batch["image"].to(device, non_blocking=True)
+                with autocast(device, precision):
+                    predictions = model(images, tasks=tuple(tasks)).predictions
+                for name, metric in metrics.items():
+                    for prediction, target in _pairs(predictions[name].float(), batch[name]):
+                        target = target.to(device, non_blocking=True)
+                        if target.shape[-2:] != images.shape[-2:]:
+                            protocol = "original"
+                        metric.update(resize(prediction, target.shape[-2:]), target)
+                num_images += len(images)
+    finally:
+        model.train(was_training)
+    if num_images == 0:
+        raise ValueError("nothing to evaluate: the validation set is empty")
+    return Metrics({name: metric.compute() for name, metric in metrics.items()}, protocol, num_images)
+
+
+def resize(prediction_BCHW: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Raw outputs at ``size = (h, w)``, bilinear; unchanged when they have that size."""
+    if prediction_BCHW.shape[-2:] == tuple(size):
+        return prediction_BCHW
+    return interpolate(prediction_BCHW, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def score(metrics: Mapping[str, Mapping[str, float]], tasks: Mapping[str, Task]) -> float:
+    """One number to choose the best checkpoint by: mean over tasks of log(main metric), negated where lower is better.
+
+    A relative gain of 1 % counts the same in every task, whatever its unit, and no baseline is needed. Tasks whose
+    metric is undefined (no labels) do not count.
+    """
+    terms = []
+    for name, task in tasks.items():
+        value = metrics[name][task.main_metric]
+        if math.isfinite(value):
+            terms.append(math.log(max(value, 1e-8)) * (1 if task.higher_is_better else -1))
+    return sum(terms) / len(terms) if terms else -math.inf
+
+
+def _pairs(prediction: Tensor, target: Any) -> list[tuple[Tensor, Tensor]]:
+    """(prediction, target) batches of one size each; targets of different sizes come as a list."""
+    if isinstance(target, Tensor):
+        return [(prediction, target)]
+    return [(prediction[i : i + 1], target[i][None]) for i in range(len(target))]

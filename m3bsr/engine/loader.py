@@ -1,0 +1,141 @@
+"""Batches that can be continued anywhere: one number, the micro-batches done so far, says it all.
+
+The order of an epoch depends on (seed, epoch) alone, and the random numbers of a sample's augmentation on (seed,
+epoch, place in the epoch). So a run that goes on from a checkpoint, or with another number of workers, sees the same
+pixels in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import default_collate as collate
+
+from m3bsr.engine.rng import derive_seed, isolated_rng
+
+
+def steps_in_epoch(num_samples: int, batch_size: int, accumulate: int = 1) -> int:
+    """Optimizer steps in an epoch; the samples that do not fill a last step are left to other epochs.
+
+    Raises:
+        ValueError: fewer samples than one step needs.
+    """
+    steps = num_samples // (batch_size * accumulate)
+    if steps == 0:
+        raise ValueError(
+            f"the training set has {num_samples} images, fewer than the {batch_size * accumulate} of one step "
+            f"(train.batch_size {batch_size} x train.accumulate {accumulate}): lower train.batch_size"
+        )
+    return steps
+
+
+def steps_in_run(
+    num_samples: int, *, epochs: int, batch_size: int, accumulate: int = 1, max_steps: int | None = None
+) -> int:
+    """Optimizer steps of a whole run: ``epochs`` epochs, at most ``max_steps``."""
+    steps = epochs * steps_in_epoch(num_samples, batch_size, accumulate)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+class ShuffledBatches(Sampler[list[tuple[int, int]]]):
+    """Lists of (index, seed), from micro-batch number ``start`` to ``stop`` of an endless sequence of epochs."""
+
+    def __init__(
+        self, num_samples: int, batch_size: int, *, batches_per_epoch: int, seed: int, start: int, stop: int
+    ) -> None:
+        assert batches_per_epoch * batch_size <= num_samples
+        self.num_samples, self.batch_size, self.batches_per_epoch = num_samples, batch_size, batches_per_epoch
+        self.seed, self.start, self.stop = seed, start, stop
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, []
+        for number in range(self.start, self.stop):
+            if number // self.batches_per_epoch != epoch:
+                epoch = number // self.batches_per_epoch
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+                order = torch.randperm(self.num_samples, generator=generator).tolist()
+            first = (number % self.batches_per_epoch) * self.batch_size
+            yield [(order[i], derive_seed(self.seed, epoch, i)) for i in range(first, first + self.batch_size)]
+
+
+class SeededSamples(Dataset[Any]):
+    """``dataset`` with items by (index, seed): the same item whoever fetches it, in whatever order."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, seed = key
+        with isolated_rng(seed):
+            return self.dataset[index]
+
+
+def train_loader(
+    dataset: Any,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    start_step: int,
+    stop_step: int,
+    seed: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """One loader for all that is left of a run; workers live, and fetch ahead, across the ends of epochs."""
+    batches = ShuffledBatches(
+        len(dataset),
+        batch_size,
+        batches_per_epoch=steps_in_epoch(len(dataset), batch_size, accumulate) * accumulate,
+        seed=seed,
+        start=start_step * accumulate,
+        stop=stop_step * accumulate,
+    )
+    return _loader(SeededSamples(dataset), num_workers, pin_memory, batch_sampler=batches)
+
+
+def eval_loader(dataset: Any, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
+    """Every sample once, in order."""
+    return _loader(
+        dataset, num_workers, pin_memory, batch_size=batch_size, shuffle=False, persistent_workers=num_workers > 0
+    )
+
+
+def _loader(dataset: Any, num_workers: int, pin_memory: bool, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=collate,
+        worker_init_fn=_init_worker,
+        # Without a generator of its own a loader draws its base seed from the global one, each time it starts.
+        generator=torch.Generator().manual_seed(0),
+        **kwargs,
+    )
+
+
+def _init_worker(_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, yet the main process has a step to finish.
+
+    SIGINT is ignored. So is the first SIGTERM; a second one comes from the main process that wants its worker gone.
+    """
+    terms = 0
+
+    def on_term(*_: Any) -> None:
+        nonlocal terms
+        terms += 1
+        if terms > 1:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_term)

@@ -1,0 +1,127 @@
+"""The log of a run: ``log.jsonl``, one JSON object a line, and TensorBoard events.
+
+Training lines hold ``kind="train", step, epoch, loss, losses {task}, balance_loss, z_loss, lr, grad_norm,
+samples_per_s, step_ms, data_wait``: means over the steps since the line before; ``step_ms`` is without waiting for
+data and ``data_wait`` the share of time that was waited. Validation lines hold ``kind="val", step, epoch, best_step,
+protocol, metrics {task: {metric}}``. ``step`` counts finished steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class RunLog:
+    """Writes the log of one run. Lines after ``start_step`` that a killed run left are dropped, so none is double."""
+
+    def __init__(self, run_dir: str | Path, start_step: int = 0, tensorboard: bool = True) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "log.jsonl"
+        _truncate(self.path, start_step)
+        self._file = self.path.open("a")
+        self._writer = _summary_writer(run_dir, start_step) if tensorboard else None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a line and send its numbers to TensorBoard as ``kind/name/of/the/value``."""
+        with _full_disk_is_no_reason_to_stop(self.path):
+            self._file.write(json.dumps(_finite(record)) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                for tag, value in _scalars(record):
+                    if tag != "step":
+                        self._writer.add_scalar(f"{record['kind']}/{tag}", value, record["step"])
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Send uint8 pictures ``[H, W, 3]`` to TensorBoard, by tag."""
+        if self._writer is not None:
+            with _full_disk_is_no_reason_to_stop(self.path):
+                for tag, picture in pictures.items():
+                    self._writer.add_image(tag, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        with _full_disk_is_no_reason_to_stop(self.path):
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
+
+
+class Window:
+    """Sums since the last line of the log; plain data, so that it can go into a checkpoint."""
+
+    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
+        self.sums: dict[str, float] = dict(sums or {})
+
+    def add(self, **values: float) -> None:
+        for name, value in {**values, "steps": 1.0}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def pop_means(self) -> dict[str, float]:
+        """Mean of each value per step; starts anew."""
+        steps = self.sums.pop("steps")
+        means = {name: value / steps for name, value in self.sums.items()}
+        self.sums = {}
+        return means
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The whole lines of a ``log.jsonl``; one that a crash cut short is left out."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+@contextmanager
+def _full_disk_is_no_reason_to_stop(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: could not write {path}: {error}", file=sys.stderr)
+
+
+def _truncate(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
+    aside = path.with_name(path.name + ".writing")
+    aside.write_text("".join(lines))
+    os.replace(aside, path)
+
+
+def _summary_writer(run_dir: Path, start_step: int) -> Any:
+    # Imported here: it takes a second, and a run without TensorBoard installed still has its log.jsonl.
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run_dir), purge_step=start_step + 1 if start_step else None)
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    flat: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            flat += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            flat.append((prefix + name, value))
+    return flat
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has no other word for them."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

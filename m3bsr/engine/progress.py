@@ -1,0 +1,109 @@
+"""Where a run stands, and keeping it safe."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from m3bsr.engine import checkpoint
+from m3bsr.engine.evaluate import Metrics
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Plain data; every checkpoint holds it."""
+
+    total_steps: int
+    step: int = 0
+    """Steps finished."""
+    evaluated_step: int = 0
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    protocol: str = ""
+    best_step: int = 0
+    best_score: float = -math.inf
+    best_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_overflows: int = 0
+    """Steps that the fp16 loss scaler skipped."""
+    window: dict[str, float] = field(default_factory=dict)
+    """Sums since the last line of the log."""
+
+    def note_evaluation(self, metrics: Metrics, score: float) -> bool:
+        """Take over the metrics of the present step; whether they are the best so far."""
+        self.evaluated_step, self.metrics, self.protocol = self.step, dict(metrics), metrics.protocol
+        is_best = self.best_step == 0 or score > self.best_score
+        if is_best:
+            self.best_step, self.best_score, self.best_metrics = self.step, score, dict(metrics)
+        return is_best
+
+
+class Saver:
+    """Saves and restores a run: the objects that have a state, and the folder of its checkpoints."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        scaler: Any,
+    ) -> None:
+        self.folder, self.config = folder, config
+        self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
+        self.last_good: Path | None = None
+
+    def save(self, name: str, progress: Progress, must: bool = False) -> None:
+        """Save as ``name``. A full disk is a warning and the old checkpoint stays, unless it is the last chance."""
+        try:
+            checkpoint.save_checkpoint(
+                self.folder / name,
+                config=self.config,
+                progress=asdict(progress),
+                model=self.model,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                scaler=self.scaler,
+                keep_previous=name == "last",
+            )
+            self.last_good = self.folder / name
+        except OSError as error:
+            if must:
+                raise
+            say(f"warning: step {progress.step}: could not write checkpoint {self.folder / name}: {error}")
+
+    def resume(self, total_steps: int) -> Progress:
+        """Put back the newest whole checkpoint; a fresh start if there never was one.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or the newest is of another model.
+        """
+        folder, complaints = checkpoint.newest_checkpoint(self.folder)
+        for complaint in complaints:
+            say(f"warning: {complaint}")
+        if folder is None:
+            if complaints:
+                raise checkpoint.CheckpointError(f"no whole checkpoint is left in {self.folder}: start the run anew")
+            say(f"no checkpoint in {self.folder} yet: starting from the beginning")
+            return Progress(total_steps)
+        saved = checkpoint.resume(
+            folder, self.model, self.optimizer, self.scheduler, self.scaler, total_steps=total_steps
+        )
+        self.last_good = folder
+        say(f"going on from {folder} after step {saved['step']}")
+        progress = Progress(**{**saved, "total_steps": total_steps})
+        if folder.name != "last":  # a crash between two writes: `best` or a half-renamed folder is ahead of `last`
+            self.save("last", progress)
+        checkpoint.tidy(self.folder)
+        return progress
+
+
+def say(line: str) -> None:
+    """A line for the person who waits, on stderr."""
+    print(line, file=sys.stderr, flush=True)

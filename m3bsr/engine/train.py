@@ -1,0 +1,261 @@
+"""The training loop: one function, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+from m3bsr.engine.evaluate import evaluate, score
+from m3bsr.engine.finite import NonFiniteError, check_finite
+from m3bsr.engine.loader import eval_loader, steps_in_epoch, steps_in_run, train_loader
+from m3bsr.engine.log import RunLog, Window
+from m3bsr.engine.precision import autocast
+from m3bsr.engine.progress import Progress, Saver
+from m3bsr.engine.stop import StopSignal
+from m3bsr.tasks.base import Task
+
+__all__ = ["NonFiniteError", "TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What :func:`train` did."""
+
+    progress: Progress
+    stopped_by: int | None
+    """Signal number, if a signal ended the run early."""
+    checkpoint: Path
+    step_ms: list[float]
+    """Time of each step taken now, without waiting for data."""
+    data_wait: float
+    """Share of the time of all these steps that was spent waiting for data."""
+
+
+def train(
+    model: nn.Module,
+    tasks: Mapping[str, Task],
+    train_set: Any,
+    val_set: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    *,
+    run_dir: str | Path,
+    config_dict: Mapping[str, Any],
+    epochs: int,
+    max_steps: int | None = None,
+    batch_size: int = 8,
+    accumulate: int = 1,
+    precision: str = "fp32",
+    clip_norm: float | None = 1.0,
+    loss_weights: Mapping[str, float] | None = None,
+    loss_stride: int = 1,
+    balance_weight: float = 0.0,
+    z_weight: float = 0.0,
+    eval_every: int = 1,
+    eval_batch_size: int = 8,
+    save_every: int | None = None,
+    log_every: int = 10,
+    num_workers: int = 0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    reporter: Callable[[nn.Module], Mapping[str, np.ndarray]] | None = None,
+    tensorboard: bool = True,
+    progress_bar: bool = True,
+) -> TrainResult:
+    """Train ``model``; evaluate, log and save on the way.
+
+    The loss is ``sum_t weight_t * loss_t + balance_weight * balance_loss + z_weight * z_loss``, its gradient the mean
+    over ``accumulate`` micro-batches of ``batch_size`` images. SIGINT and SIGTERM let the step finish, save ``last``
+    and return; a second SIGINT raises KeyboardInterrupt. Checkpoints: ``last`` at each evaluation, at the end and
+    every ``save_every`` steps, the one before it as ``previous``, and ``best`` (see ``evaluate.score``).
+
+    Args:
+        model: ``model(images, tasks=(...), size=(h, w)) -> output`` with ``predictions[task]``, ``balance_loss`` and
+            ``z_loss``; ``set_step(step)`` is called before each step if there is one.
+        scheduler: timm scheduler, told the number of finished steps by ``step_update``.
+        max_steps: an end before ``epochs`` are over.
+        loss_weights: per task, the task's default where it has none.
+        loss_stride: training losses at ``1 / loss_stride`` of the image size: full-size logits can dominate memory.
+        eval_every: epochs between evaluations; 0 evaluates at the end only.
+        resume: go on from the newest whole checkpoint of ``run_dir``, to the same bits as without the interruption.
+        reporter: called after each evaluation for pictures ``{tag: uint8 [H, W, 3]}`` that go to TensorBoard.
+
+    Raises:
+        ValueError: too few images for a step, a precision that the device lacks, a checkpoint of another model.
+        NonFiniteError: a loss or gradient is NaN or infinite (with fp16 the loss scaler deals with gradients).
+    """
+    # set-up, or everything as it was when the checkpoint was saved
+    device = torch.device(device)
+    autocast(device, precision)  # complains now, not after the first batch
+    model.to(device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: (loss_weights or {}).get(name, task.default_weight) for name, task in tasks.items()}
+    epoch_steps = steps_in_epoch(len(train_set), batch_size, accumulate)
+    total_steps = steps_in_run(
+        len(train_set), epochs=epochs, batch_size=batch_size, accumulate=accumulate, max_steps=max_steps
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    saver = Saver(Path(run_dir) / "checkpoints", config_dict, **stateful)
+    at = saver.resume(total_steps) if resume else Progress(total_steps)
+    log = RunLog(run_dir, start_step=at.step, tensorboard=tensorboard)
+    window, step_ms, waited_ms = Window(at.window), [], 0.0
+
+    # data: both loaders live as long as the run
+    loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
+    steps = {"start_step": at.step, "stop_step": total_steps, "accumulate": accumulate}
+    batches = iter(train_loader(train_set, batch_size=batch_size, seed=seed, **steps, **loading))
+    val_batches = eval_loader(val_set, batch_size=eval_batch_size, **loading)
+
+    def evaluation_is_due() -> bool:
+        now = at.step == total_steps or (eval_every > 0 and at.step % (eval_every * epoch_steps) == 0)
+        return now and at.evaluated_step < at.step
+
+    bar = tqdm(total=total_steps, initial=at.step, unit="step", desc="train", disable=not progress_bar)
+    with StopSignal() as stop, bar:
+        model.train()
+        while not stop.requested:
+            # evaluate: first thing in the loop, so that a run that was stopped before it catches up
+            if evaluation_is_due():
+                try:
+                    unless_stopped = _until(stop, val_batches)
+                    metrics = evaluate(model, tasks, unless_stopped, device, precision, progress=progress_bar)
+                except _StoppedError:
+                    break
+                is_best = at.note_evaluation(metrics, score(metrics, tasks))
+                log.write(_val_record(at, epoch_steps))
+                log.pictures(at.step, reporter(model) if reporter else {})
+                if is_best:
+                    saver.save("best", at)
+                saver.save("last", at, must=at.step == total_steps)
+            if at.step >= total_steps:
+                break
+
+            # gradients, one micro-batch after the other
+            began, wait = time.perf_counter(), 0.0
+            files: list[str] = []
+            sums: dict[str, Tensor] = {}
+            if hasattr(model, "set_step"):
+                model.set_step(at.step)
+            for _ in range(accumulate):
+                # data
+                asked = time.perf_counter()
+                batch = next(batches)
+                wait += time.perf_counter() - asked
+                files += batch["name"]
+                images = batch["image"].to(device, non_blocking=True)
+                targets = {name: batch[name].to(device, non_blocking=True) for name in tasks}
+                # forward
+                size = tuple(math.ceil(side / loss_stride) for side in images.shape[-2:])
+                with autocast(device, precision):
+                    output = model(images, tasks=tuple(tasks), size=size)
+                # losses, in float32 whatever the precision
+                losses = {}
+                for name, task in tasks.items():
+                    target = targets[name] if loss_stride == 1 else task.resize_target(targets[name], size)
+                    losses[name] = task.loss(output.predictions[name].float(), target)
+                task_loss = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+                loss = task_loss + balance_weight * output.balance_loss + z_weight * output.z_loss
+                # backward
+                scaler.scale(loss / accumulate).backward()
+                parts = {"loss": loss, "balance_loss": output.balance_loss, "z_loss": output.z_loss}
+                for name, part in {**parts, **{f"losses/{task}": loss for task, loss in losses.items()}}.items():
+                    sums[name] = sums.get(name, 0) + part.detach().float() / accumulate
+
+            # step, unless a number is bad; reading the numbers is the only wait for the device
+            scaler.unscale_(optimizer)
+            grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            numbers = torch.stack([*sums.values(), grad_norm.float()]).tolist()
+            values = dict(zip((*sums, "grad_norm"), numbers, strict=True))
+            check_finite(
+                values, trained, step=at.step, files=files, last_good=saver.last_good, gradients=precision != "fp16"
+            )
+            if clip_norm:
+                clip_grads_with_norm_(trained.values(), clip_norm, grad_norm)
+            lr, scale = max(group["lr"] for group in optimizer.param_groups), scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            at.num_overflows += scaler.get_scale() < scale
+            at.step += 1
+            scheduler.step_update(at.step)
+
+            # log
+            step_ms.append(1000 * (time.perf_counter() - began - wait))
+            waited_ms += 1000 * wait
+            window.add(**values, step_ms=step_ms[-1], wait_ms=1000 * wait)
+            bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
+            bar.update()
+            if at.step % log_every == 0 or at.step == total_steps:
+                log.write(_train_record(at, epoch_steps, window.pop_means(), lr, batch_size * accumulate))
+
+            # save; when an evaluation comes next, it saves
+            at.window = window.sums
+            if save_every and at.step % save_every == 0 and not evaluation_is_due():
+                saver.save("last", at)
+
+        if stop.requested:
+            saver.save("last", at, must=True)
+    log.close()
+    data_wait = waited_ms / (waited_ms + sum(step_ms)) if step_ms else 0.0
+    return TrainResult(at, stop.signum, saver.folder / "last", step_ms, data_wait)
+
+
+class _StoppedError(Exception):
+    """A signal came during an evaluation, whose half is of no use."""
+
+
+class _until:
+    """The batches of a loader, unless a signal comes."""
+
+    def __init__(self, stop: StopSignal, loader: Any) -> None:
+        self.stop, self.loader = stop, loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            if self.stop.requested:
+                raise _StoppedError
+            yield batch
+
+
+def _train_record(
+    at: Progress, epoch_steps: int, means: dict[str, float], lr: float, images_per_step: int
+) -> dict[str, Any]:
+    step_ms, wait_ms = means.pop("step_ms"), means.pop("wait_ms")
+    losses = {name.removeprefix("losses/"): means.pop(name) for name in list(means) if name.startswith("losses/")}
+    return {
+        "kind": "train",
+        "step": at.step,
+        "epoch": at.step / epoch_steps,
+        "losses": losses,
+        **means,
+        "lr": lr,
+        "samples_per_s": 1000 * images_per_step / (step_ms + wait_ms),
+        "step_ms": step_ms,
+        "data_wait": wait_ms / (step_ms + wait_ms),
+    }
+
+
+def _val_record(at: Progress, epoch_steps: int) -> dict[str, Any]:
+    return {
+        "kind": "val",
+        "step": at.step,
+        "epoch": at.step / epoch_steps,
+        "best_step": at.best_step,
+        "protocol": at.protocol,
+        "metrics": at.metrics,
+    }

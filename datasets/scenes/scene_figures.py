@@ -57,8 +57,25 @@ VOC_OF = np.array([THINGS.get(i, (0, 431))[0] for i in range(64)], dtype=np.uint
 CONTEXT_OF = np.array([THINGS.get(i, (0, 431))[1] for i in range(64)], dtype=np.uint16)
 
 # Body parts by the names of PASCAL-Part; the second table joins them to the six of the benchmark.
-PART_NAMES = ("", "head", "hair", "neck", "torso", "luarm", "llarm", "lhand", "ruarm", "rlarm", "rhand")
-PART_NAMES += ("luleg", "llleg", "lfoot", "ruleg", "rlleg", "rfoot")
+PART_NAMES = (
+    "",
+    "head",
+    "hair",
+    "neck",
+    "torso",
+    "luarm",
+    "llarm",
+    "lhand",
+    "ruarm",
+    "rlarm",
+    "rhand",
+    "luleg",
+    "llleg",
+    "lfoot",
+    "ruleg",
+    "rlleg",
+    "rfoot",
+)
 SIX_PARTS = np.array([0, 1, 1, 2, 2, 3, 4, 4, 3, 4, 4, 5, 6, 6, 5, 6, 6], dtype=np.uint8)
 _PART = {name: i for i, name in enumerate(PART_NAMES)}
 
@@ -67,15 +84,15 @@ CLOTHES = {
     "source": ("c0392b", "e0a030", "2e7d4f", "8e44ad", "d96a8a", "f0ead6"),
     "target": ("34506b", "1f7a8c", "7f8fa6", "4a4e69", "b33951", "dfe6e9"),
 }
-COATS = {DOG: ("8a5a30", "d8b98a", "2b2523"), HORSE: ("5c3a21", "7b4a2a", "2f2622")}
+COATS: dict[int, tuple[str, ...]] = {DOG: ("8a5a30", "d8b98a", "2b2523"), HORSE: ("5c3a21", "7b4a2a", "2f2622")}
 COATS |= {SHEEP: ("eee8dc", "d9d2c3"), COW: ("f2efe8", "6b4a3a", "8c6a50")}
 PAINT = {"source": ("c62828", "e9c46a", "2a6f4e"), "target": ("3a5a8c", "d0d5da", "22577a")}
 
 
 def _cloth(rng: np.random.Generator, codes: tuple[str, ...], pattern="plain", scale=0.3, shade=0.75) -> Texture:
-    first = linear(codes[int(rng.integers(len(codes)))], rng.normal(0.0, 0.03, 3))
-    r, g, b = (np.array(first) * shade).tolist()
-    return Texture(pattern, first, (r, g, b), scale, (float(rng.random() * 40), float(rng.random() * 40)))
+    first = linear(codes[int(rng.integers(len(codes)))], rng.normal(0.0, 0.03, 3).tolist())
+    second = (first[0] * shade, first[1] * shade, first[2] * shade)
+    return Texture(pattern, first, second, scale, (float(rng.random() * 40), float(rng.random() * 40)))
 
 
 def _limb(piece: Piece, names: tuple[str, str, str], start, bend, lengths, radius, textures) -> None:
@@ -124,12 +141,8 @@ def person(piece: Piece, domain: str, rng: np.random.Generator) -> None:
 def animal(piece: Piece, thing: int, rng: np.random.Generator) -> None:
     """A body on four legs with neck, head and tail; proportions by kind."""
     height = {DOG: 0.55, SHEEP: 0.75, COW: 1.35, HORSE: 1.5}[thing] * float(rng.uniform(0.9, 1.1))
-    body, neck, thick = {
-        DOG: (0.75, 0.35, 0.2),
-        SHEEP: (0.75, 0.2, 0.33),
-        COW: (0.8, 0.25, 0.26),
-        HORSE: (0.75, 0.5, 0.2),
-    }[thing]
+    shapes = {DOG: (0.75, 0.35, 0.2), SHEEP: (0.75, 0.2, 0.33), COW: (0.8, 0.25, 0.26), HORSE: (0.75, 0.5, 0.2)}
+    body, neck, thick = shapes[thing]
     pattern, scale = ("checker", 0.35) if thing == COW else ("cloth", 0.08)
     coat = _cloth(rng, COATS[thing], pattern, scale, 0.35 if thing == COW else 0.7)
     dark = _cloth(rng, ("2b2523", "4a3b30"))

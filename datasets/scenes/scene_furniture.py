@@ -6,6 +6,7 @@ metres. Its parts share one instance number and one label (NYUD-40 numbers, see 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,11 +69,11 @@ PALETTES: dict[str, dict[str, str]] = {
 }
 
 
-def linear(code: str, jitter: np.ndarray | float = 0.0) -> tuple[float, float, float]:
+def linear(code: str, jitter: Sequence[float] = (0.0, 0.0, 0.0)) -> tuple[float, float, float]:
     """Linear RGB of a hex colour, with an offset added before the gamma is taken away."""
-    rgb = np.array([int(code[i : i + 2], 16) for i in (0, 2, 4)]) / 255.0
-    r, g, b = np.clip(rgb + jitter, 0.02, 0.98) ** 2.0
-    return float(r), float(g), float(b)
+    raw = (int(code[i : i + 2], 16) / 255.0 + jitter[i // 2] for i in (0, 2, 4))
+    r, g, b = (min(max(value, 0.02), 0.98) ** 2 for value in raw)
+    return r, g, b
 
 
 class Look:
@@ -85,10 +86,11 @@ class Look:
         """A texture in a colour of `name`; the second colour is the first times `shade`."""
         codes = self.palette[name].split()
         code = codes[int(self.rng.integers(len(codes)))]
-        first = linear(code, self.rng.normal(0.0, 0.025, 3) + self.rng.normal(0.0, 0.02))
-        r, g, b = np.clip(np.array(first) * shade, 0.0, 1.0)
-        x, y = self.rng.random(2) * 40
-        return Texture(pattern, first, (float(r), float(g), float(b)), scale, (float(x), float(y)), glow)
+        hue, brightness = self.rng.normal(0.0, 0.025, 3).tolist(), float(self.rng.normal(0.0, 0.02))
+        first = linear(code, [h + brightness for h in hue])
+        second = (first[0] * shade, first[1] * shade, first[2] * shade)
+        x, y = (self.rng.random(2) * 40).tolist()
+        return Texture(pattern, first, second, scale, (x, y), glow)
 
     def two(self, name: str, other: str, pattern: str, scale: float = 0.5) -> Texture:
         """A texture in the colours of two palette entries."""
@@ -225,9 +227,9 @@ def sofa(piece: Piece, look: Look, size, modern: bool) -> None:
         else:
             ends = ((x * (w / 2 - 0.1), -d / 2 + 0.12, 0.5), (x * (w / 2 - 0.1), d / 2 - 0.1, 0.5))
             piece.capsule(*ends, 0.12, cloth)
-    for x in (-0.28, 0.28):
+    for seat_x in (-0.28, 0.28):
         if look.rng.random() < 0.5:
-            pillow = piece.on_top(PILLOW, (x * w, -0.05, 0.6), float(look.rng.uniform(-0.4, 0.4)))
+            pillow = piece.on_top(PILLOW, (seat_x * w, -0.05, 0.6), float(look.rng.uniform(-0.4, 0.4)))
             pillow.ellipsoid((0, 0, 0), (0.2, 0.09, 0.18), look("pillow", "cloth", 0.3, 0.85))
 
 

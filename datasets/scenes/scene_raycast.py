@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scene_textures import Texture, paint
 
-ROOM, BOX, CYLINDER, ELLIPSOID, CAPSULE = range(5)
+BOX, CYLINDER, ELLIPSOID, CAPSULE = range(4)
 NEAR = 0.05
 CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
 
@@ -21,7 +21,7 @@ CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)
 @dataclass
 class Primitive:
     """One solid: `axes` [3, 3] holds its local axes as columns, `half` its half sizes; `stretch` is a capsule's
-    half length in radii. Faces of the room (kind ROOM) are seen from the inside and carry one texture each."""
+    half length in radii."""
 
     kind: int
     centre: np.ndarray
@@ -91,8 +91,9 @@ def hit_box(o: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 def _quadratic(o: np.ndarray, d: np.ndarray, axes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Entry, exit and hit mask of the unit sphere (3 axes) or the endless cylinder round z (2 axes)."""
-    a = b = c = 0.0
-    for i in range(axes):
+    d_0, o_0 = d[:, 0], o[..., 0]
+    a, b, c = d_0 * d_0, o_0 * d_0, o_0 * o_0
+    for i in range(1, axes):
         d_i, o_i = d[:, i], o[..., i]
         a, b, c = a + d_i * d_i, b + o_i * d_i, c + o_i * o_i
     disc = b * b - a * (c - 1.0)
@@ -152,27 +153,29 @@ def _windows(scene: Scene, height: int, width: int) -> list[tuple[int, int, int,
     z = np.maximum(seen[..., 2], 1e-6)
     x = seen[..., 0] / z * camera.focal * width + width / 2
     y = seen[..., 1] / z * camera.focal * width + height / 2
-    windows: list[tuple[int, int, int, int] | None] = []
-    for p in range(len(half)):
-        nearest, farthest = seen[p, :, 2].min(), seen[p, :, 2].max()
-        if farthest < NEAR:
-            windows.append(None)
-        elif nearest < NEAR:  # it reaches behind the camera, where projecting corners means nothing
-            windows.append((0, height, 0, width))
-        else:
-            y0, y1 = max(int(y[p].min()) - 1, 0), min(int(y[p].max()) + 2, height)
-            x0, x1 = max(int(x[p].min()) - 1, 0), min(int(x[p].max()) + 2, width)
-            windows.append((y0, y1, x0, x1) if y0 < y1 and x0 < x1 else None)
-    return windows
+    x0, x1 = np.clip(x.min(1) - 1, 0, width).astype(int), np.clip(x.max(1) + 2, 0, width).astype(int)
+    y0, y1 = np.clip(y.min(1) - 1, 0, height).astype(int), np.clip(y.max(1) + 2, 0, height).astype(int)
+    behind = seen[..., 2].min(1) < NEAR  # it reaches behind the camera, where projecting corners means nothing
+    x0[behind], x1[behind], y0[behind], y1[behind] = 0, width, 0, height
+    visible = (x0 < x1) & (y0 < y1) & (seen[..., 2].max(1) > NEAR)
+    corners_of = zip(y0.tolist(), y1.tolist(), x0.tolist(), x1.tolist(), strict=True)
+    return [window if ok else None for window, ok in zip(corners_of, visible.tolist(), strict=True)]
 
 
 def _cast_room(scene: Scene, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Depth [H, W] and face number (0..5, order of `room_textures`) of the surrounding walls."""
     half, origin = scene.room_half, scene.camera.position - np.array([0.0, 0.0, scene.room_half[2]])
-    t = (np.where(rays > 0, half, -half) - origin) / np.where(rays == 0, 1e-12, rays)
-    axis = t.argmin(-1)
-    face = 2 * axis + (np.take_along_axis(rays, axis[..., None], -1)[..., 0] > 0)
-    return np.take_along_axis(t, axis[..., None], -1)[..., 0], face
+    best = np.full(rays.shape[:2], np.inf)
+    face = np.zeros(rays.shape[:2], dtype=np.int64)
+    for axis in range(3):
+        d = rays[..., axis]
+        positive = d > 0
+        t = (np.where(positive, half[axis], -half[axis]) - origin[axis]) / np.where(d == 0, 1e-12, d)
+        t = np.where(t < 0, np.inf, t)  # a ray along the wall
+        closer = t < best
+        best = np.where(closer, t, best)
+        face = np.where(closer, 2 * axis + positive, face)
+    return best, face
 
 
 def cast(scene: Scene, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -218,11 +221,22 @@ def _plane(point: np.ndarray, axis: np.ndarray) -> np.ndarray:
     return np.stack([first, second], -1)
 
 
+def _length(v: np.ndarray) -> np.ndarray:
+    """Euclidean norms [N] of [N, 3]; several times faster than np.linalg.norm for rows this short."""
+    return np.sqrt(np.einsum("ni,ni->n", v, v))
+
+
+def _dominant(v: np.ndarray) -> np.ndarray:
+    """The axis [N] of the largest absolute coordinate (a fast argmax)."""
+    x, y, z = np.abs(v).T
+    return np.where(x >= y, np.where(x >= z, 0, 2), np.where(y >= z, 1, 2))
+
+
 def _local_normal(kind: np.ndarray, local: np.ndarray, stretch: np.ndarray) -> np.ndarray:
     """Outward gradient [N, 3] in unit coordinates for points on a unit box, cylinder, ellipsoid or capsule."""
     normal = local.copy()  # right for the ellipsoid
     box = kind == BOX
-    axis = np.abs(local).argmax(-1)
+    axis = _dominant(local)
     rows = np.arange(len(local))
     flat = np.zeros_like(local)
     flat[rows, axis] = np.sign(local[rows, axis])
@@ -258,40 +272,47 @@ def surface(scene: Scene, depth: np.ndarray, hit: np.ndarray, rays: np.ndarray) 
             np.take([p.kind for p in pick], which), local, np.take([p.stretch for p in pick], which)
         )
         outward = (axes @ (gradient / half)[..., None])[..., 0]
-        normal[things] = outward / np.linalg.norm(outward, axis=-1, keepdims=True)
-        axis = np.abs(gradient).argmax(-1)
+        normal[things] = outward / _length(outward)[:, None]
+        axis = _dominant(gradient)
         metres[things], unit[things] = _plane(size, axis), _plane(local, axis)
     return _Surface(point, normal, metres, unit)
 
 
-def lit(scene: Scene, point: np.ndarray, normal: np.ndarray, lamp: np.ndarray) -> np.ndarray:
-    """Share of light [N] that reaches each point: cosine, falloff, and 0 where a primitive stands between."""
-    to_lamp = lamp - point
-    distance = np.linalg.norm(to_lamp, axis=-1)
-    cosine = np.einsum("ni,ni->n", normal, to_lamp) / distance
-    share = np.maximum(cosine, 0.0) / (1.0 + (distance / scene.light.reach) ** 2)
+def _shadowed(scene: Scene, start: np.ndarray, lamp: np.ndarray) -> np.ndarray:
+    """bool [N]: whether anything stands between a point and the lamp. A primitive is tried only on the points inside
+    the cone that its bounding sphere throws away from the lamp."""
     casters = [p for p in scene.primitives if p.casts_shadow]
-    facing = np.flatnonzero(cosine > 0)
-    if not casters or not len(facing):
-        return share
-    start = point[facing] + 2e-3 * normal[facing]
+    shadow = np.zeros(len(start), dtype=bool)
+    if not casters or not len(start):
+        return shadow
     ray = lamp - start
-    # A caster matters only for points inside the cone that its bounding sphere throws away from the lamp.
-    centre = np.stack([p.centre for p in casters]) - lamp
-    radius = np.array([np.linalg.norm(p.half * np.array([1.0, 1.0, 1.0 + p.stretch])) for p in casters])
-    away = np.linalg.norm(centre, axis=-1)
+    reached = _length(ray)
+    centre = np.array([p.centre for p in casters]) - lamp
+    half = np.array([p.half for p in casters])
+    half[:, 2] *= 1.0 + np.array([p.stretch for p in casters])
+    radius, away = _length(half), _length(centre)
     sine = np.minimum(radius / np.maximum(away, 1e-9), 1.0)
-    threshold = np.where(away > radius, np.sqrt(1.0 - sine**2), -1.0)
-    to_point = np.ascontiguousarray((ray / -distance[facing, None]).T, dtype=np.float32)
-    along = (centre / away[:, None]).astype(np.float32) @ to_point  # [P, N]
-    reached = distance[facing]
-    shadow = np.zeros(len(facing), dtype=bool)
-    for p, candidates in enumerate(along > (threshold[:, None] - 1e-4).astype(np.float32)):
+    threshold = np.where(away > radius, np.sqrt(1.0 - sine**2), -2.0) - 1e-4
+    away_from_lamp = np.ascontiguousarray((ray / -reached[:, None]).T, dtype=np.float32)
+    along = (centre / np.maximum(away, 1e-9)[:, None]).astype(np.float32) @ away_from_lamp  # [P, N]
+    for p, candidates in enumerate(along > threshold[:, None].astype(np.float32)):
         rows = np.flatnonzero(candidates)
         rows = rows[(reached[rows] > away[p] - radius[p]) & ~shadow[rows]]
         if len(rows):
             t = _hit(casters[p], start[rows], ray[rows])
             shadow[rows[(t > 0) & (t < 1)]] = True
+    return shadow
+
+
+def lit(scene: Scene, point: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """Share of light [N] that reaches each point: cosine, falloff, and 0 where a primitive stands between."""
+    lamp = scene.light.position
+    to_lamp = lamp - point
+    distance = _length(to_lamp)
+    cosine = np.einsum("ni,ni->n", normal, to_lamp) / distance
+    share = np.maximum(cosine, 0.0) / (1.0 + (distance / scene.light.reach) ** 2)
+    facing = np.flatnonzero(cosine > 0)
+    shadow = _shadowed(scene, point[facing] + 2e-3 * normal[facing], lamp)
     share[facing[shadow]] = 0.0
     return share
 
@@ -301,9 +322,11 @@ def shade(scene: Scene, hit: np.ndarray, at: _Surface) -> np.ndarray:
     light = scene.light
     textures = scene.room_textures + [p.texture for p in scene.primitives]
     albedo, glow = paint(textures, hit.reshape(-1), at.metres, at.unit)
-    direct = lit(scene, at.point, at.normal, light.position)
+    dim = np.flatnonzero(glow < 1.0)  # the sky needs no light
+    direct = np.zeros(len(glow))
+    direct[dim] = lit(scene, at.point[dim], at.normal[dim])
     to_eye = scene.camera.position - at.point
-    facing = np.einsum("ni,ni->n", at.normal, to_eye) / np.linalg.norm(to_eye, axis=-1)
+    facing = np.einsum("ni,ni->n", at.normal, to_eye) / _length(to_eye)
     sky = 0.75 + 0.25 * at.normal[:, 2]  # surfaces that look up are a little brighter
     energy = direct[:, None] * light.colour + (sky + light.fill * facing)[:, None] * light.ambient
     return albedo * (energy * (1.0 - glow[:, None]) + glow[:, None])

@@ -1,0 +1,22 @@
+"""Decoders from patch tokens on a grid to per-pixel outputs, by name.
+
+``HEADS[name](embed_dim, num_channels, head_dim=128)``; ``head(x_BDHW, size)`` gives ``[B, num_channels, *size]``.
+A new head is one file and one line in ``HEADS``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from m3bsr.heads.light import LightHead
+from m3bsr.heads.upsample import UpsampleHead, load_published_head
+
+HEADS: dict[str, type[nn.Module]] = {"upsample": UpsampleHead, "light": LightHead}
+
+
+def set_output_bias(head: nn.Module, value: float) -> None:
+    """Start a fresh head's outputs near ``value`` (``Task.output_bias``): metres from 0 to 2.7 take long to learn."""
+    nn.init.constant_(head.logits.bias, value)
+
+
+__all__ = ["HEADS", "LightHead", "UpsampleHead", "load_published_head", "set_output_bias"]

@@ -1,0 +1,93 @@
+"""What a dense task is: the number of channels, a loss, a metric, and how it looks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3bsr.losses import resize_nearest
+from m3bsr.metrics.base import Metric
+from m3bsr.utils.constants import IGNORE
+
+
+class Task(ABC):
+    """One dense task. Subclasses are one file each, named in ``m3bsr.tasks.TASKS``.
+
+    Predictions are raw network outputs ``[B, num_channels, H, W]``; targets are ``[B, C, H, W]`` with ``IGNORE``
+    (255) at invalid pixels. The metric applies argmax, sigmoid or normalisation itself.
+    """
+
+    name: str
+    num_channels: int
+    main_metric: str
+    higher_is_better: bool
+    default_weight: float = 1.0
+    output_bias: float = 0.0
+    """Where a fresh head's output should start: near the mean of the target if that is far from zero."""
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Scalar; zero with zero gradient when nothing is valid. ValueError if batch or size differ."""
+
+    @abstractmethod
+    def metric(self) -> Metric:
+        """A new accumulator: ``update(prediction, target)``, ``compute() -> dict``."""
+
+    @abstractmethod
+    def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
+        """uint8 ``[H, W, 3]`` of a target, or of a raw output (``is_prediction=True``), ``[C, H, W]``."""
+
+    def resize_target(self, target: Tensor, size: tuple[int, int]) -> Tensor:
+        """The target at ``size = (h, w)`` for a loss at lower resolution; nearest samples, never blended."""
+        return resize_nearest(target, size)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(name={self.name!r}, num_channels={self.num_channels})"
+
+
+def to_float_array(x: Any, channels: int | tuple[int, ...], name: str) -> np.ndarray:
+    """``[C, H, W]`` (tensor or array, any device) as float32 numpy; ValueError if the channels are not as expected."""
+    array = x.detach().float().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x, dtype=np.float32)
+    allowed = (channels,) if isinstance(channels, int) else channels
+    if array.ndim != 3 or array.shape[0] not in allowed:
+        raise ValueError(f"cannot colour {name}: expected [C, H, W] with C in {allowed}, got shape {array.shape}")
+    return array
+
+
+def label_palette(num_classes: int) -> np.ndarray:
+    """Distinct uint8 colours ``[256, 3]``, the same on every run; ``IGNORE`` and unused entries are black.
+
+    The bits of the index are spread over the three channels, highest first, as in the PASCAL VOC colour map; here the
+    index starts at 1, because NYUD has no background class that should be black.
+    """
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for label in range(min(num_classes, IGNORE)):
+        index = label + 1
+        for bit in range(8):
+            for channel in range(3):
+                palette[label, channel] |= ((index >> channel) & 1) << (7 - bit)
+            index >>= 3
+    return palette
+
+
+def colour_labels(x: Any, num_classes: int, name: str, is_prediction: bool) -> np.ndarray:
+    """Class labels ``[1, H, W]`` or logits ``[num_classes, H, W]`` in the palette's colours."""
+    if is_prediction:
+        labels = to_float_array(x, num_classes, name).argmax(axis=0)
+    else:
+        labels = to_float_array(x, 1, name)[0].astype(np.int64)
+    return label_palette(num_classes)[np.clip(labels, 0, 255)]
+
+
+def colour_grey(x: Any, name: str, is_prediction: bool) -> np.ndarray:
+    """A probability ``[1, H, W]`` in grey, white = 1; logits pass a sigmoid first. Invalid pixels are dark red."""
+    values = to_float_array(x, 1, name)[0]
+    invalid = np.zeros(values.shape, dtype=bool) if is_prediction else values == IGNORE
+    shown = 1 / (1 + np.exp(-np.clip(values, -50, 50))) if is_prediction else np.clip(values, 0, 1)
+    picture = np.repeat(np.round(shown * 255).astype(np.uint8)[..., None], 3, axis=-1)
+    picture[invalid] = (96, 0, 0)
+    return picture

@@ -1,0 +1,33 @@
+"""Human part segmentation: six parts and background (PASCAL-Context)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from m3bsr.losses import cross_entropy
+from m3bsr.metrics.miou import MeanIoU
+from m3bsr.tasks.base import Task, colour_labels
+
+
+class HumanParts(Task):
+    """Cross-entropy and mIoU over 7 classes. An image without people comes as ``IGNORE`` everywhere."""
+
+    name = "human_parts"
+    main_metric = "miou"
+    higher_is_better = True
+    default_weight = 2.0
+
+    def __init__(self, num_classes: int = 7) -> None:
+        self.num_channels = num_classes
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(prediction, target)
+
+    def metric(self) -> MeanIoU:
+        return MeanIoU(self.num_channels)
+
+    def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
+        return colour_labels(x, self.num_channels, self.name, is_prediction)

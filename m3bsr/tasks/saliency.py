@@ -1,0 +1,31 @@
+"""Salient object detection (PASCAL-Context)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from m3bsr.losses import balanced_bce
+from m3bsr.metrics.saliency import SaliencyScores
+from m3bsr.tasks.base import Task, colour_grey
+
+
+class Saliency(Task):
+    """Balanced binary cross-entropy; best F-measure and mIoU. Targets ``[B, 1, H, W]`` in {0, 1}."""
+
+    name = "saliency"
+    num_channels = 1
+    main_metric = "miou"
+    higher_is_better = True
+    default_weight = 5.0
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return balanced_bce(prediction, target)
+
+    def metric(self) -> SaliencyScores:
+        return SaliencyScores()
+
+    def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
+        return colour_grey(x, self.name, is_prediction)

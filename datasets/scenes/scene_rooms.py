@@ -57,6 +57,7 @@ STYLES = {
             "lamp": 1.2,
             "plant": 1.0,
             "table": 0.6,
+            "tv": 0.5,
         },
         in_middle={"table": 2.0, "chair": 2.5, "carton": 0.5, "ball": 1.0},
         num_pieces=(5, 9),

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -80,10 +81,9 @@ def dense_mlp(dim: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
-def bench_size(
-    num_tokens: int, dim: int, hidden: int, num_experts: int, top_k: int, args: BenchArgs
-) -> dict[str, list[float]]:
+def bench_size(size: tuple[int, int, int, int, int], args: BenchArgs) -> dict[str, list[float]]:
     """Milliseconds of each round: `rows`, `wide`, each backend, and `layer` (backend auto, with its gate)."""
+    num_tokens, dim, hidden, num_experts, top_k = size
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     generator = torch.Generator().manual_seed(0)
     moe = MoEMlp(dim, hidden, num_experts, top_k).to(device, dtype)
@@ -96,26 +96,20 @@ def bench_size(
         weights_TK, experts_TK = weights_TK.to(device, dtype).requires_grad_(), experts_TK.to(device)
         grad_TD, grad_ND = torch.randn_like(x_TD), torch.randn_like(many_ND)
         inputs = [x_TD, many_ND, weights_TK]
-        times["rows"].append(time_ms(lambda x=many_ND: rows(x), [*rows.parameters(), *inputs], grad_ND, args.clock))
-        times["wide"].append(time_ms(lambda x=x_TD: wide(x), [*wide.parameters(), *inputs], grad_TD, args.clock))
+        times["rows"].append(time_ms(partial(rows, many_ND), [*rows.parameters(), *inputs], grad_ND, args.clock))
+        times["wide"].append(time_ms(partial(wide, x_TD), [*wide.parameters(), *inputs], grad_TD, args.clock))
         for name in args.backends:
-            run = _experts_only(name, x_TD, weights_TK, experts_TK, moe)
+            run = partial(run_experts, x_TD, weights_TK, experts_TK, moe.experts, name)
             times[name].append(time_ms(run, [*moe.parameters(), *inputs], grad_TD, args.clock))
-        layer = _whole_layer(x_TD, moe)
-        times["layer"].append(time_ms(layer, [*moe.parameters(), *inputs], grad_TD, args.clock))
+        times["layer"].append(
+            time_ms(partial(_whole_layer, x_TD, moe), [*moe.parameters(), *inputs], grad_TD, args.clock)
+        )
     return {name: values[1:] for name, values in times.items()}
 
 
-def _experts_only(name: str, x: Tensor, weights: Tensor, ids: Tensor, moe: MoEMlp) -> Callable[[], Tensor]:
-    return lambda: run_experts(x, weights, ids, moe.experts, name)
-
-
-def _whole_layer(x_TD: Tensor, moe: MoEMlp) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        y_BND, routing = moe(x_TD[None], ("task",))
-        return y_BND[0] + 0.01 * routing.balance_loss
-
-    return run
+def _whole_layer(x_TD: Tensor, moe: MoEMlp) -> Tensor:
+    y_BND, routing = moe(x_TD[None], ("task",))
+    return y_BND[0] + 0.01 * routing.balance_loss
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,13 +121,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     kept = keep_freed_memory() if args.keep_memory else False
     print(
-        f"MoE layer / dense MLP of equal FLOPs, forward and backward, {args.dtype} on {args.device}, {args.clock} time, "
-        f"{torch.get_num_threads()} threads, allocator {'keeps memory' if kept else 'as it is'}, "
+        f"MoE layer / dense MLP of equal FLOPs, forward and backward, {args.dtype} on {args.device}, "
+        f"{args.clock} time, {torch.get_num_threads()} threads, allocator {'keeps memory' if kept else 'as it is'}, "
         f"{args.rounds - 1} rounds"
     )
     for index in args.sizes:
-        *size, aim = SIZES[index]
-        times = bench_size(*size, args)
+        size, aim = SIZES[index][:5], SIZES[index][5]
+        times = bench_size(size, args)
         print(f"\ntokens {size[0]}, dim {size[1]}, width {size[2]}, experts {size[3]}, top-k {size[4]} (aim {aim})")
         for name, values in times.items():
             to_rows = statistics.median(a / b for a, b in zip(values, times["rows"], strict=True))

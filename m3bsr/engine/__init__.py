@@ -5,6 +5,7 @@ from __future__ import annotations
 from m3bsr.engine.checkpoint import CheckpointError, load_weights, newest_checkpoint, save_checkpoint
 from m3bsr.engine.evaluate import Metrics, evaluate
 from m3bsr.engine.finite import NonFiniteError
+from m3bsr.engine.log import read_log
 from m3bsr.engine.train import TrainResult, train
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate",
     "load_weights",
     "newest_checkpoint",
+    "read_log",
     "save_checkpoint",
     "train",
 ]

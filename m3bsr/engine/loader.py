@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data import default_collate as collate
 
 from m3bsr.engine.rng import derive_seed, isolated_rng
 
@@ -109,6 +109,19 @@ def eval_loader(dataset: Any, *, batch_size: int, num_workers: int = 0, pin_memo
     return _loader(
         dataset, num_workers, pin_memory, batch_size=batch_size, shuffle=False, persistent_workers=num_workers > 0
     )
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Samples as a batch: tensors of one shape are stacked, everything else becomes a list.
+
+    Labels at original resolution may differ in size from image to image.
+    """
+    batch: dict[str, Any] = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        same = all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values)
+        batch[key] = torch.stack(values) if same else values
+    return batch
 
 
 def _loader(dataset: Any, num_workers: int, pin_memory: bool, **kwargs: Any) -> DataLoader[Any]:

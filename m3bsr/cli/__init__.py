@@ -1,0 +1,1 @@
+"""Command lines: each module has a ``main(argv) -> int``."""

@@ -1,0 +1,183 @@
+"""``tools/train.py CONFIG [--section.field value ...]``: one run, from config to metrics."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from m3bsr.bsr.trainable import count_parameters
+from m3bsr.build import build_datasets, build_model, build_optimizer, build_scheduler, build_tasks
+from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_json
+from m3bsr.config import Config, parse_cli, replace
+from m3bsr.engine import TrainResult, newest_checkpoint, train
+from m3bsr.engine.rng import seed_everything
+
+# What may differ between a run and its resumption without making it another run.
+FREE_ON_RESUME = {
+    *("run.dir", "run.resume", "run.overwrite", "run.device", "data.root", "data.num_workers", "data.max_val"),
+    *("train.epochs", "train.max_steps", "train.eval_every", "train.eval_batch_size"),
+    *("train.save_every", "train.log_every"),
+}
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, 2 for a user error, 3 for NaN or infinity, 128 + signal number when a signal ended the run."""
+    config, _ = parse_cli(sys.argv[1:] if argv is None else argv, "Train a model: CONFIG is a file of configs/.")
+    result, summary = run(config)
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        print(f"stopped by {name} after step {result.progress.step} of {result.progress.total_steps}")
+        print(f"checkpoint: {result.checkpoint}; go on with --run.resume")
+        return 128 + result.stopped_by
+    print(metrics_table(summary["metrics"]))
+    print(f"{config.run.dir}/result.json")
+    return 0
+
+
+def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
+    """Build, train and evaluate what ``config`` describes; write ``config.json`` and ``result.json``.
+
+    Args:
+        options: further keyword arguments of ``engine.train`` (``reporter``, ``progress_bar`` ...).
+
+    Returns:
+        What the loop did, and the content of ``result.json`` (written only when the run got to its end).
+
+    Raises:
+        ValueError, FileNotFoundError: a config that does not fit the data, weights or run folder.
+        NonFiniteError: see ``engine.train``.
+    """
+    device = pick_device(config.run.device)
+    run_dir = Path(config.run.dir)
+    resume = prepare_run_dir(run_dir, config)
+    began = time.perf_counter()
+    seed_everything(config.run.seed)
+    tasks = build_tasks(config)
+    train_set, val_set = build_datasets(config)
+    # A checkpoint has all weights, so the file that the run started from may be gone.
+    model = build_model(replace(config, {"model.weights": ""}) if resume else config)
+    optimizer = build_optimizer(config, model)
+    scheduler = build_scheduler(config, optimizer, len(train_set))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", config.to_dict())
+    result = train(
+        model,
+        tasks,
+        train_set,
+        val_set,
+        optimizer,
+        scheduler,
+        run_dir=run_dir,
+        config_dict=config.to_dict(),
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        batch_size=config.train.batch_size,
+        accumulate=config.train.accumulate,
+        precision=config.train.precision,
+        clip_norm=config.train.clip_norm,
+        loss_weights=config.loss.weights,
+        loss_stride=config.loss.stride,
+        balance_weight=config.moe.balance_weight,
+        z_weight=config.moe.z_weight,
+        eval_every=config.train.eval_every,
+        eval_batch_size=config.train.eval_batch_size,
+        save_every=config.train.save_every,
+        log_every=config.train.log_every,
+        num_workers=config.data.num_workers,
+        seed=config.run.seed,
+        device=device,
+        resume=resume,
+        **options,
+    )
+    summary = summarise(result, model, device, time.perf_counter() - began)
+    if result.stopped_by is None and (result.step_ms or not (run_dir / "result.json").exists()):
+        write_json(run_dir / "result.json", summary)
+    return result, summary
+
+
+def prepare_run_dir(run_dir: Path, config: Config) -> bool:
+    """Make sure that no finished work is lost; whether there is a checkpoint to go on from.
+
+    Raises:
+        ValueError: the folder holds a run, and neither ``run.resume`` nor ``run.overwrite`` was asked for; or the
+            run to resume had other settings.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run.dir: {run_dir} is a file")
+    checkpoints = run_dir / "checkpoints"
+    if config.run.resume:
+        newest, complaints = newest_checkpoint(checkpoints)
+        if newest is not None:
+            _check_same_settings(json.loads((newest / "config.json").read_text()), config, newest)
+        return newest is not None or bool(complaints)
+    if config.run.overwrite:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        for path in [*run_dir.glob("events.out.tfevents.*"), run_dir / "log.jsonl", run_dir / "result.json"]:
+            path.unlink(missing_ok=True)
+    elif checkpoints.exists() or (run_dir / "result.json").exists():
+        raise ValueError(
+            f"run.dir: {run_dir} already holds a run; "
+            "--run.resume goes on with it, --run.overwrite throws it away, another --run.dir keeps it"
+        )
+    return False
+
+
+def _check_same_settings(saved: Mapping[str, Any], config: Config, checkpoint: Path) -> None:
+    then, now = _flat(saved), _flat(json.loads(config.to_json()))
+    changed = [name for name in now if name not in FREE_ON_RESUME and then.get(name, now[name]) != now[name]]
+    if changed:
+        name, more = changed[0], f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
+        raise ValueError(
+            f"run.resume: {checkpoint} was trained with {name} = {then[name]}, now it is {now[name]}{more}; "
+            "resume with the same settings, or start another run.dir"
+        )
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+
+
+def summarise(result: TrainResult, model: nn.Module, device: torch.device, wall_s: float) -> dict[str, Any]:
+    """What ``result.json`` holds."""
+    at, count = result.progress, count_parameters(model.parameters())
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory: dict[str, Any] = {"process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        memory["cuda_bytes"] = torch.cuda.max_memory_allocated(device)
+    return {
+        "step": at.step,
+        "total_steps": at.total_steps,
+        "protocol": at.protocol,
+        "metrics": at.metrics,
+        "best": {"step": at.best_step, "metrics": at.best_metrics},
+        "parameters": {"trained": count.trained, "total": count.total},
+        "step_ms": spread(result.step_ms),
+        "data_wait": result.data_wait,
+        "peak_memory": memory,
+        "num_overflows": at.num_overflows,
+        "wall_s": wall_s,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """Number, median, 10th and 90th percentile."""
+    if len(values) < 2:
+        return {"num": len(values), **({"median": values[0]} if values else {})}
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return {"num": len(values), "median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}

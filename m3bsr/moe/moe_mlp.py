@@ -20,7 +20,6 @@ from m3bsr.utils.lookup import lookup
 
 GATE_MODES = ("shared", "per_task", "task_conditioned")
 SHARED = "shared"
-TASK_CODE = "task_code"
 
 
 class TaskCode(nn.Module):
@@ -99,7 +98,8 @@ class MoEMlp(nn.Module):
         )
         self.renormalize = bool(self.gates[names[0]].renormalize)  # whether the weights sum to 1
         if gate_mode == "task_conditioned":
-            self.gates[TASK_CODE] = TaskCode(len(self.tasks), task_dim)
+            # Within the gate: every entry of `gates` is a gate, and loading may leave all of it fresh.
+            self.gates[SHARED].add_module("task_code", TaskCode(len(self.tasks), task_dim))
         self.experts = Experts(num_experts, embed_dim, hidden_dim)
 
     @property
@@ -161,7 +161,7 @@ class MoEMlp(nn.Module):
         return self.gates[task if self.gate_mode == "per_task" else SHARED]
 
     def _with_code(self, part_TD: Tensor, task: str) -> Tensor:
-        code = self.gates[TASK_CODE](self.tasks.index(task)).to(part_TD.dtype)
+        code = self.gates[SHARED].get_submodule("task_code")(self.tasks.index(task)).to(part_TD.dtype)
         return torch.cat([part_TD, code.expand(part_TD.shape[0], -1)], dim=1)
 
     def _join(self, outputs: Sequence[GateOutput], tasks: tuple[str, ...]) -> Routing:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from m3bsr.moe.gates.linear import router_dtype
 from m3bsr.moe.gates.vmoe import VMoEGate
 
-INITIAL_SCALE = 10.0
+INITIAL_SCALE = 3.0
 MAX_SCALE = 100.0
 
 
 class CosineGate(VMoEGate):
-    """`p = softmax(s * cos(x, W_g) + eps * noise_std / E)`, then as `vmoe`; `s` is learned, from 10 up to 100.
+    """`p = softmax(s * cos(x, W_g) + eps * noise_std / E)`, then as `vmoe`; `s` is learned, from 3 up to 100.
 
     The token's length does not count. In a pretrained ViT a few tokens are many times longer than the rest and their
     logits would otherwise rule the gate's gradient.

@@ -4,6 +4,8 @@ Forward and backward, all gradients. Every round draws a fresh routing and runs 
 machine slows them alike; the numbers are medians of the rounds' ratios. Two dense references of equal FLOPs:
 `rows` is the MLP `D -> H -> D` on T * K rows (the experts' own GEMM shapes, fused into one), `wide` is
 `D -> K * H -> D` on T rows (the layer that a dense model would have).
+
+With `--four-tasks`, also one call of a task-gated M3ViT for four tasks against four calls of one task each.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from m3bsr.backbones import MoEVisionTransformer
 from m3bsr.moe import MoEMlp
 from m3bsr.moe.backends import BACKENDS, run_experts
 from m3bsr.utils.malloc import keep_freed_memory
@@ -32,6 +35,7 @@ SIZES = (
 )
 # How uneven the drawn routing is: std of a bias per expert; gives a fullest expert of about 2.5 times the mean.
 SKEW = 0.8
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class BenchArgs:
     """Rounds per size; the first is not counted."""
     sizes: tuple[int, ...] = (0, 1, 2, 3)
     """Which of the sizes to run."""
+    four_tasks: bool = False
+    """Also time four tasks in one call against one at a time (M3ViT-tiny, MoE at 7, 9, 11; aim 0.6)."""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int | None = None
@@ -62,7 +68,7 @@ def draw_routing(num_tokens: int, num_experts: int, top_k: int, generator: torch
 
 def time_ms(run: Callable[[], Tensor], parameters: Sequence[Tensor], grad: Tensor, clock: str) -> float:
     """One forward and backward, in milliseconds."""
-    now = time.perf_counter if clock == "wall" else time.process_time
+    now = CLOCKS[clock]
     for parameter in parameters:
         parameter.grad = None
     _synchronize(grad)
@@ -112,6 +118,45 @@ def _whole_layer(x_TD: Tensor, moe: MoEMlp) -> Tensor:
     return y_BND[0] + 0.01 * routing.balance_loss
 
 
+def bench_tasks(args: BenchArgs, image_size: tuple[int, int] = (160, 224)) -> dict[str, float]:
+    """Median ratio of four tasks in one call to four calls, `forward` (no graph) and `step` (forward and backward)."""
+    tasks = ("semseg", "depth", "normals", "edge")
+    torch.manual_seed(0)
+    vit = MoEVisionTransformer(
+        img_size=image_size,
+        patch_size=16,
+        embed_dim=192,
+        depth=12,
+        num_heads=3,
+        mlp_ratio=4,
+        moe_blocks=(7, 9, 11),
+        num_experts=16,
+        top_k=4,
+        moe_mlp_ratio=1,
+        tasks=tasks,
+    ).to(args.device)
+    images = torch.randn(2, 3, *image_size, device=args.device)
+    one = torch.ones((), device=args.device)
+    parameters = list(vit.parameters())
+
+    def loss(asked: Sequence[str]) -> Tensor:
+        return torch.stack([features.square().mean() for features in vit(images, asked).values()]).sum()
+
+    def forward_ms(asked: Sequence[str]) -> float:
+        with torch.no_grad():
+            start = CLOCKS[args.clock]()
+            loss(asked).item()
+            return (CLOCKS[args.clock]() - start) * 1e3
+
+    ratios: dict[str, list[float]] = {"forward": [], "step": []}
+    for _ in range(args.rounds):
+        ratios["forward"].append(forward_ms(tasks) / sum(forward_ms((task,)) for task in tasks))
+        together = time_ms(partial(loss, tasks), parameters, one, args.clock)
+        apart = sum(time_ms(partial(loss, (task,)), parameters, one, args.clock) for task in tasks)
+        ratios["step"].append(together / apart)
+    return {name: statistics.median(values[1:]) for name, values in ratios.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(BenchArgs, args=argv, description=__doc__)
     for name in args.backends:
@@ -133,3 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             to_rows = statistics.median(a / b for a, b in zip(values, times["rows"], strict=True))
             to_wide = statistics.median(a / b for a, b in zip(values, times["wide"], strict=True))
             print(f"  {name:<11}{statistics.median(values):9.1f} ms   x rows {to_rows:5.2f}   x wide {to_wide:5.2f}")
+    if args.four_tasks:
+        ratios = bench_tasks(args)
+        forward, step = ratios["forward"], ratios["step"]
+        print(f"\nfour tasks in one call / four calls: forward {forward:.2f}, step {step:.2f} (aim 0.6)")

@@ -99,6 +99,7 @@ def train(
     device = torch.device(device)
     autocast(device, precision)  # complains now, not after the first batch
     model.to(device)
+    set_step = getattr(model, "set_step", lambda step: None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = {name: (loss_weights or {}).get(name, task.default_weight) for name, task in tasks.items()}
     epoch_steps = steps_in_epoch(len(train_set), batch_size, accumulate)
@@ -114,7 +115,7 @@ def train(
 
     # data: both loaders live as long as the run
     loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
-    steps = {"start_step": at.step, "stop_step": total_steps, "accumulate": accumulate}
+    steps: dict[str, Any] = {"start_step": at.step, "stop_step": total_steps, "accumulate": accumulate}
     batches = iter(train_loader(train_set, batch_size=batch_size, seed=seed, **steps, **loading))
     val_batches = eval_loader(val_set, batch_size=eval_batch_size, **loading)
 
@@ -146,8 +147,7 @@ def train(
             began, wait = time.perf_counter(), 0.0
             files: list[str] = []
             sums: dict[str, Tensor] = {}
-            if hasattr(model, "set_step"):
-                model.set_step(at.step)
+            set_step(at.step)
             for _ in range(accumulate):
                 # data
                 asked = time.perf_counter()

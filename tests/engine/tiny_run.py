@@ -1,12 +1,7 @@
-"""A training run of a fraction of a second, for the tests of the engine. Imported by path (see conftest.py).
-
-As a script it is the run itself, for tests that send signals: tiny_run.py RUN_DIR [--slow] [--resume].
-"""
+"""A training run of a fraction of a second, for the tests of the engine. Imported by path (see conftest.py)."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from types import SimpleNamespace
 
@@ -87,20 +82,14 @@ def run(run_dir, *, parts=None, **kwargs):
     return parts[0], train(*parts, run_dir=run_dir, config_dict=CONFIG, **shape, **kwargs)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("run_dir")
-    parser.add_argument("--slow", action="store_true", help="half a second a step")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--num-workers", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    parts = make_parts()
+def run_slowly(run_dir, step_s=0.0, **kwargs):
+    """Train, saying each step and sleeping in it; the exit code that a command would have."""
+    parts = make_parts(epochs=kwargs.get("epochs", 2))
 
     def on_step(step):
         print("step", step, flush=True)
-        time.sleep(0.5 * args.slow)
+        time.sleep(step_s)
 
     parts[0].on_step = on_step
-    result = run(args.run_dir, parts=parts, resume=args.resume, num_workers=args.num_workers)[1]
-    sys.exit(128 + result.stopped_by if result.stopped_by else 0)
+    result = run(run_dir, parts=parts, **kwargs)[1]
+    return 128 + result.stopped_by if result.stopped_by else 0

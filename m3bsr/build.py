@@ -9,15 +9,19 @@ import difflib
 from typing import Any
 
 import timm
+import torch
 from timm.models.vision_transformer import VisionTransformer
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.utils.data import Dataset
 
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, task_backbone
 from m3bsr.config import Config
 from m3bsr.data import DATASETS, build_transform
-from m3bsr.engine import optim, schedule
-from m3bsr.heads import HEADS
+from m3bsr.engine.loader import steps_in_run
+from m3bsr.engine.optim import make_optimizer
+from m3bsr.engine.schedule import make_schedule
+from m3bsr.heads import HEADS, set_output_bias
 from m3bsr.models import MultiTaskModel
 from m3bsr.tasks import TASKS
 from m3bsr.tasks.base import Task
@@ -102,6 +106,8 @@ def build_model(config: Config) -> MultiTaskModel:
         name: head(backbone.embed_dim, task.num_channels, head_dim=config.model.head_dim)
         for name, task in tasks.items()
     }
+    for name, task in tasks.items():
+        set_output_bias(heads[name], task.output_bias)
     backbone.set_plan(config.bsr)
     return MultiTaskModel(backbone, heads)
 
@@ -126,3 +132,33 @@ def build_datasets(config: Config, target_size: str = "network") -> tuple[Datase
         target_size=target_size,
     )
     return train, val
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the parameters that train."""
+    o = config.optim
+    return make_optimizer(
+        o.name,
+        model,
+        lr=o.lr,
+        weight_decay=o.weight_decay,
+        head_lr_scale=o.head_lr_scale,
+        momentum=o.momentum,
+        betas=o.betas,
+    )
+
+
+def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, num_samples: int) -> Scheduler:
+    """The learning-rate schedule over all steps of a run on ``num_samples`` training images."""
+    o, t = config.optim, config.train
+    total_steps = steps_in_run(
+        num_samples, epochs=t.epochs, batch_size=t.batch_size, accumulate=t.accumulate, max_steps=t.max_steps
+    )
+    return make_schedule(
+        o.schedule,
+        optimizer,
+        total_steps=total_steps,
+        warmup_steps=o.warmup_steps,
+        min_lr=o.min_lr,
+        poly_power=o.poly_power,
+    )

@@ -21,7 +21,9 @@ from m3bsr.build import build_datasets, build_model, build_optimizer, build_sche
 from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_json
 from m3bsr.config import Config, parse_cli, replace
 from m3bsr.engine import TrainResult, newest_checkpoint, train
+from m3bsr.engine.loader import collate
 from m3bsr.engine.rng import seed_everything
+from m3bsr.engine.step_cost import step_cost
 
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = {
@@ -72,6 +74,15 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     scheduler = build_scheduler(config, optimizer, len(train_set))  # type: ignore[arg-type]
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", config.to_dict())
+    how: dict[str, Any] = {
+        "device": device,
+        "precision": config.train.precision,
+        "clip_norm": config.train.clip_norm,
+        "loss_weights": config.loss.weights,
+        "loss_stride": config.loss.stride,
+        "balance_weight": config.moe.balance_weight,
+        "z_weight": config.moe.z_weight,
+    }
     result = train(
         model,
         tasks,
@@ -85,24 +96,21 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         max_steps=config.train.max_steps,
         batch_size=config.train.batch_size,
         accumulate=config.train.accumulate,
-        precision=config.train.precision,
-        clip_norm=config.train.clip_norm,
-        loss_weights=config.loss.weights,
-        loss_stride=config.loss.stride,
-        balance_weight=config.moe.balance_weight,
-        z_weight=config.moe.z_weight,
         eval_every=config.train.eval_every,
         eval_batch_size=config.train.eval_batch_size,
         save_every=config.train.save_every,
         log_every=config.train.log_every,
         num_workers=config.data.num_workers,
         seed=config.run.seed,
-        device=device,
         resume=resume,
+        **how,
         **options,
     )
     summary = summarise(result, model, device, time.perf_counter() - began)
     if result.stopped_by is None and (result.step_ms or not (run_dir / "result.json").exists()):
+        write_json(run_dir / "result.json", summary)
+        batch = collate([train_set[i] for i in range(config.train.batch_size)])
+        summary["cost"] = step_cost(model, tasks, batch, optimizer, **how).to_dict()
         write_json(run_dir / "result.json", summary)
     return result, summary
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from m3bsr.engine.evaluate import evaluate, score
 from m3bsr.engine.finite import NonFiniteError, check_finite
 from m3bsr.engine.loader import eval_loader, steps_in_epoch, steps_in_run, train_loader
 from m3bsr.engine.log import RunLog, Window
+from m3bsr.engine.losses import loss_size, task_losses
 from m3bsr.engine.precision import autocast
 from m3bsr.engine.progress import Progress, Saver
 from m3bsr.engine.stop import StopSignal
@@ -157,21 +157,14 @@ def train(
                 images = batch["image"].to(device, non_blocking=True)
                 targets = {name: batch[name].to(device, non_blocking=True) for name in tasks}
                 # forward
-                size = tuple(math.ceil(side / loss_stride) for side in images.shape[-2:])
                 with autocast(device, precision):
-                    output = model(images, tasks=tuple(tasks), size=size)
+                    output = model(images, tasks=tuple(tasks), size=loss_size(images, loss_stride))
                 # losses, in float32 whatever the precision
-                losses = {}
-                for name, task in tasks.items():
-                    target = targets[name] if loss_stride == 1 else task.resize_target(targets[name], size)
-                    losses[name] = task.loss(output.predictions[name].float(), target)
-                task_loss = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
-                loss = task_loss + balance_weight * output.balance_loss + z_weight * output.z_loss
+                parts = task_losses(output, targets, tasks, weights, balance_weight, z_weight)
                 # backward
-                scaler.scale(loss / accumulate).backward()
-                parts = {"loss": loss, "balance_loss": output.balance_loss, "z_loss": output.z_loss}
-                for name, part in {**parts, **{f"losses/{task}": loss for task, loss in losses.items()}}.items():
-                    sums[name] = sums.get(name, 0) + part.detach().float() / accumulate
+                scaler.scale(parts["loss"] / accumulate).backward()
+                for name, part in parts.items():
+                    sums[name] = sums.get(name, 0) + part.detach() / accumulate
 
             # step, unless a number is bad; reading the numbers is the only wait for the device
             scaler.unscale_(optimizer)

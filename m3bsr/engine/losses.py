@@ -1,0 +1,39 @@
+"""From predictions to the number that training lowers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3bsr.tasks.base import Task
+
+
+def loss_size(images: Tensor, stride: int) -> tuple[int, int]:
+    """Height and width of the predictions that the losses see: those of the images over ``stride``, rounded up."""
+    return -(-images.shape[-2] // stride), -(-images.shape[-1] // stride)
+
+
+def task_losses(
+    output: Any,
+    targets: Mapping[str, Tensor],
+    tasks: Mapping[str, Task],
+    weights: Mapping[str, float],
+    balance_weight: float = 0.0,
+    z_weight: float = 0.0,
+) -> dict[str, Tensor]:
+    """The weighted sum under ``loss``, and its parts: ``losses/<task>``, ``balance_loss``, ``z_loss``; all float32.
+
+    Targets larger than the predictions are sampled at their size.
+    """
+    losses = {}
+    for name, task in tasks.items():
+        prediction = output.predictions[name].float()
+        losses[name] = task.loss(prediction, task.resize_target(targets[name], tuple(prediction.shape[-2:])))
+    balance_loss, z_loss = output.balance_loss.float(), output.z_loss.float()
+    loss = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+    loss = loss + balance_weight * balance_loss + z_weight * z_loss
+    named = {f"losses/{name}": value for name, value in losses.items()}
+    return {"loss": loss, **named, "balance_loss": balance_loss, "z_loss": z_loss}

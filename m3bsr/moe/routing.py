@@ -52,3 +52,17 @@ def select_top_k(scores_TE: Tensor, num: int) -> Tensor:
     `torch.topk` breaks ties as it likes; upcycled gates with tied columns need one answer everywhere.
     """
     return torch.sort(scores_TE.detach(), dim=-1, descending=True, stable=True).indices[:, :num]
+
+
+def most_used(counts: Tensor, num: int) -> tuple[int, ...]:
+    """The `num` experts with the highest counts (`[E]`, or `[G, E]` summed over tasks), ties to the lower id; sorted.
+
+    For `train_experts="top:n"`: sum `Routing.counts()` over a few batches of the new task first.
+
+    Raises:
+        ValueError: for fewer than 1 or more than E experts.
+    """
+    counts_E = counts.reshape(-1, counts.shape[-1]).sum(0)
+    if not 1 <= num <= counts_E.numel():
+        raise ValueError(f"top:n must choose 1..{counts_E.numel()} experts, got {num}")
+    return tuple(sorted(select_top_k(counts_E[None], num)[0].tolist()))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from m3bsr.moe import GATES, MoEMlp
 from m3bsr.moe.moe_mlp import GATE_MODES
 from m3bsr.moe.published import from_published, to_published
+from m3bsr.moe.routing import most_used
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TASKS = ("semseg", "depth", "edge")
@@ -70,6 +71,14 @@ def test_windows_keep_tasks_on_their_experts() -> None:
     moe = make("per_task", experts_per_task=2)
     counts = moe.route(torch.randn(6, 5, 16), TASKS).counts()
     assert (counts > 0).tolist() == [[e // 2 == i for e in range(6)] for i in range(3)]
+
+
+def test_most_used_experts_are_the_ones_to_train() -> None:
+    counts_GE = torch.tensor([[1, 5, 0, 3], [1, 0, 4, 1]])
+    assert most_used(counts_GE, 2) == (1, 2)  # 2, 5, 4, 4: a tie goes to the lower id
+    assert most_used(counts_GE[0], 4) == (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="top:n must choose 1..4 experts, got 5"):
+        most_used(counts_GE, 5)
 
 
 def test_unused_gates_get_no_gradient() -> None:

@@ -18,8 +18,8 @@ MAX_SCALE = 100.0
 class CosineGate(VMoEGate):
     """`p = softmax(s * cos(x, W_g) + eps * noise_std / E)`, then as `vmoe`; `s` is learned, from 3 up to 100.
 
-    The token's length does not count. In a pretrained ViT a few tokens are many times longer than the rest and their
-    logits would otherwise rule the gate's gradient.
+    The token's length does not count, which matters most where the gate reads tokens that no LayerNorm has seen
+    (`gate_input_BND` before attention).
     """
 
     def __init__(

@@ -16,7 +16,7 @@ HEADS: dict[str, type[nn.Module]] = {"upsample": UpsampleHead, "light": LightHea
 
 def set_output_bias(head: nn.Module, value: float) -> None:
     """Start a fresh head's outputs near ``value`` (``Task.output_bias``): metres from 0 to 2.7 take long to learn."""
-    nn.init.constant_(head.logits.bias, value)
+    nn.init.constant_(head.get_submodule("logits").get_parameter("bias"), value)
 
 
 __all__ = ["HEADS", "LightHead", "UpsampleHead", "load_published_head", "set_output_bias"]

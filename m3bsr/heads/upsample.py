@@ -46,9 +46,9 @@ def published_to_head(state_dict: Mapping[str, Tensor], task: str) -> dict[str, 
     """The entries ``decoders.{task}.*`` of a published M3ViT checkpoint under :class:`UpsampleHead`'s names.
 
     ``conv_0..3 -> convs.0..3``, ``syncbn_fc_0..3 -> norms.0..3``, ``conv_4 -> logits``; a prefix before ``decoders``
-    (``module.``) is dropped. ValueError if there is no such decoder, naming those that there are.
+    (``module.``, ``weights/``) is dropped. ValueError if there is no such decoder, naming those that there are.
     """
-    pattern = re.compile(r"(?:^|\.)decoders\.([^.]+)\.(.+)$")
+    pattern = re.compile(r"(?:^|[./])decoders\.([^.]+)\.(.+)$")
     found = [(m.group(1), m.group(2), value) for key, value in state_dict.items() if (m := pattern.search(key))]
     tasks = sorted({name for name, _, _ in found})
     if task not in tasks:

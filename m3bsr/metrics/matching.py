@@ -4,7 +4,7 @@ The boundary benchmark (Martin, Fowlkes and Malik 2004; BSDS500) corresponds two
 assignment: a pair no further apart than ``max_dist`` costs its distance, an unmatched pixel costs 100 times
 ``max_dist``. Leaving a pixel out is thus so dear that the optimum matches as many pixels as can be matched (only an
 alternating path of more than a hundred pixels could tip the balance), and the number of matched pixels, all that one
-annotation needs, is the size of a maximum matching. :func:`max_matching_size` computes that;
+annotation needs, is the size of a maximum matching: :func:`max_matching_sizes`, for many thresholds at once.
 :func:`min_cost_matching` solves the assignment itself, which decides *which* pixels are matched when several
 annotations share a prediction.
 """
@@ -13,51 +13,135 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse.csgraph import connected_components
 
 OUTLIER_COST = 100.0
 """Cost of an unmatched pixel in units of the distance limit, as in the benchmark."""
 
 
 def disc_offsets(radius: float) -> np.ndarray:
-    """``[K, 2]`` integer (dy, dx) with ``dy^2 + dx^2 <= radius^2``."""
+    """``[K, 2]`` integer (dy, dx) with ``dy^2 + dx^2 <= radius^2``, nearest first."""
     reach = int(radius)
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     # The slack keeps a distance that equals the radius but for rounding.
     inside = dy**2 + dx**2 <= radius**2 * (1 + 1e-12)
-    return np.stack([dy[inside], dx[inside]], axis=1)
+    offsets = np.stack([dy[inside], dx[inside]], axis=1)
+    return offsets[np.argsort((offsets**2).sum(axis=1), kind="stable")]
 
 
-def max_matching_size(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> int:
-    """Size of a maximum matching of the bipartite graph with edges ``(rows[i], columns[i])``; rows sorted."""
+def max_matching_sizes(rows: np.ndarray, columns: np.ndarray, blocks: np.ndarray, num_blocks: int) -> np.ndarray:
+    """Sizes ``[num_blocks]`` of maximum matchings of separate bipartite graphs given as one list of edges.
+
+    Edge ``i`` joins ``rows[i]`` and ``columns[i]`` and belongs to graph ``blocks[i]``; vertex numbers are unique over
+    all graphs, and edges come sorted by row. A greedy matching is augmented along alternating paths, found by
+    breadth-first search from all free rows at once. The search trees do not overlap, so one path of each tree can be
+    flipped (Azad, Buluc and Pothen 2017); when a graph gains nothing in a round its matching is maximum.
+    SciPy's ``maximum_bipartite_matching`` gives the same sizes but takes up to a hundred times longer on such graphs.
+    """
+    sizes = np.zeros(num_blocks, dtype=np.int64)
     if len(rows) == 0:
-        return 0
-    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))]).astype(np.int32)
-    graph = sparse.csr_matrix((np.ones(len(rows), dtype=np.int8), columns.astype(np.int32), starts), shape=shape)
-    return int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
+        return sizes
+    num_rows, num_columns = int(rows[-1]) + 1, int(columns.max()) + 1
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
+    block_of_row = np.zeros(num_rows, dtype=np.int64)
+    block_of_row[rows] = blocks
+    row_mate, column_mate = _greedy(rows, columns, num_rows, num_columns)
+    has_edges = starts[1:] > starts[:-1]
+    free = np.flatnonzero((row_mate < 0) & has_edges)
+    while len(free):
+        ends, parent = _search(free, starts, columns, column_mate, num_rows)
+        gained = np.zeros(num_blocks, dtype=bool)
+        gained[block_of_row[parent[ends]]] = True
+        _flip(ends, parent, row_mate, column_mate)
+        free = free[(row_mate[free] < 0) & gained[block_of_row[free]]]
+    return np.bincount(block_of_row[row_mate >= 0], minlength=num_blocks)
+
+
+def _greedy(rows: np.ndarray, columns: np.ndarray, num_rows: int, num_columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds of proposals: each free row to its first free column. Returns mates of rows and columns, -1 = free."""
+    row_mate, column_mate = np.full(num_rows, -1), np.full(num_columns, -1)
+    while len(rows):
+        first = np.ones(len(rows), dtype=bool)
+        first[1:] = rows[1:] != rows[:-1]
+        r, c = rows[first], columns[first]
+        column_mate[c] = r  # of several proposals one stays
+        won = column_mate[c] == r
+        row_mate[r[won]] = c[won]
+        open_edges = (row_mate[rows] < 0) & (column_mate[columns] < 0)
+        rows, columns = rows[open_edges], columns[open_edges]
+    return row_mate, column_mate
+
+
+def _search(
+    roots: np.ndarray, starts: np.ndarray, columns: np.ndarray, column_mate: np.ndarray, num_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Alternating trees from free rows: the free columns reached, at most one a tree, and the parent row of columns."""
+    parent = np.full(len(column_mate), -1)
+    root_of = np.full(num_rows, -1)
+    root_of[roots] = roots
+    done = np.zeros(num_rows, dtype=bool)
+    ends = []
+    frontier = roots
+    while len(frontier):
+        source, near = _edges_of(frontier, starts, columns)
+        new = parent[near] < 0
+        source, near = source[new], near[new]
+        parent[near] = source  # of several claims one stays
+        new = parent[near] == source
+        source, near = source[new], near[new]
+        mate = column_mate[near]
+        end, root = near[mate < 0], root_of[source[mate < 0]]
+        root, first = np.unique(root, return_index=True)
+        ends.append(end[first])
+        done[root] = True
+        inner = mate >= 0
+        frontier = mate[inner]
+        root_of[frontier] = root_of[source[inner]]
+        frontier = frontier[~done[root_of[frontier]]]
+    return np.concatenate(ends), parent
+
+
+def _edges_of(frontier: np.ndarray, starts: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All edges that leave the ``frontier`` rows, as (row, column)."""
+    degree = starts[frontier + 1] - starts[frontier]
+    shift = np.repeat(starts[frontier] - np.cumsum(degree) + degree, degree)
+    return np.repeat(frontier, degree), columns[shift + np.arange(len(shift))]
+
+
+def _flip(ends: np.ndarray, parent: np.ndarray, row_mate: np.ndarray, column_mate: np.ndarray) -> None:
+    """Exchange matched and unmatched edges along the paths that end at the columns ``ends``; they share no vertex."""
+    while len(ends):
+        row = parent[ends]
+        before = row_mate[row]
+        row_mate[row], column_mate[ends] = ends, row
+        ends = before[before >= 0]
 
 
 def min_cost_matching(
     rows: np.ndarray, columns: np.ndarray, distances: np.ndarray, max_dist: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Matched ``(rows, columns)`` of the minimum-cost assignment with outliers.
+    """Matched ``(rows, columns)`` of the minimum-cost assignment with outliers, exact.
 
-    The graph is doubled so that a perfect matching always exists: row ``i`` may take its own outlier column, column
-    ``j`` its own outlier row, and the outliers of a matched pair take each other for nothing.
+    Each connected component is a dense assignment problem of its own, where a pair that is no edge stands for two
+    outliers.
     """
     if len(rows) == 0:
         return rows, columns
     row_ids, r = np.unique(rows, return_inverse=True)
     column_ids, c = np.unique(columns, return_inverse=True)
     n, m = len(row_ids), len(column_ids)
-    outlier = OUTLIER_COST * max(max_dist, 1e-6)
-    own_rows, own_columns = np.arange(n), np.arange(m)
-    i = np.concatenate([r, own_rows, n + own_columns, n + c])
-    j = np.concatenate([c, m + own_rows, own_columns, m + r])
-    cost = np.concatenate([distances, np.full(n + m, outlier), np.zeros(len(r))])
-    # The sparse solver takes a stored zero for a missing edge; every perfect matching has n + m edges, so a constant
-    # added to all of them changes no decision.
-    graph = sparse.csr_matrix((cost + 1.0, (i, j)), shape=(n + m, m + n))
-    left, right = min_weight_full_bipartite_matching(graph)
-    real = (left < n) & (right < m)
-    return row_ids[left[real]], column_ids[right[real]]
+    graph = sparse.coo_matrix((np.ones(len(r), dtype=np.int8), (r, n + c)), shape=(n + m, n + m))
+    component = connected_components(graph, directed=False)[1][r]
+    order = np.argsort(component, kind="stable")
+    matched = []
+    for edges in np.split(order, np.flatnonzero(np.diff(component[order])) + 1):
+        local_rows, i = np.unique(r[edges], return_inverse=True)
+        local_columns, j = np.unique(c[edges], return_inverse=True)
+        apart = 2 * OUTLIER_COST * max(max_dist, 1e-6)
+        cost = np.full((len(local_rows), len(local_columns)), apart)
+        cost[i, j] = distances[edges]
+        left, right = linear_sum_assignment(cost)
+        pair = cost[left, right] < apart
+        matched.append((local_rows[left[pair]], local_columns[right[pair]]))
+    return row_ids[np.concatenate([a for a, _ in matched])], column_ids[np.concatenate([b for _, b in matched])]

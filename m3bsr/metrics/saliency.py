@@ -50,14 +50,14 @@ class SaliencyScores(SumMetric):
         hits = _count_at_least(probability[salient], thresholds)
         marked = _count_at_least(probability, thresholds)
         union = marked + salient.sum() - hits
-        self.sums.add("jaccard", torch.where(union > 0, hits / union.clamp(min=1), 1.0))
+        self.sums.add("jaccard", torch.where(union > 0, hits.double() / union.clamp(min=1), 1.0))
         self.sums.add("images", torch.ones((), dtype=torch.int64))
 
     def compute(self) -> dict[str, float]:
         """``max_f max_f1 miou`` in 0..1; NaN if no valid pixel was seen."""
         hits = self.sums["positives"].flip(0).cumsum(0).double()
         marked = hits + self.sums["negatives"].flip(0).cumsum(0)
-        total = self.sums["positives"].sum()
+        total = self.sums["positives"].sum().double()
         seen = int(self.sums["images"]) > 0
 
         def best_f(beta_squared: float) -> float:

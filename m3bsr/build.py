@@ -15,14 +15,14 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.utils.data import Dataset
 
-from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, task_backbone
+from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, read_weights, task_backbone
 from m3bsr.config import Config
 from m3bsr.data import DATASETS, build_transform
 from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.schedule import make_schedule
 from m3bsr.heads import HEADS, set_output_bias
-from m3bsr.models import MultiTaskModel
+from m3bsr.models import MultiTaskModel, is_model_state, load_model_weights
 from m3bsr.tasks import TASKS
 from m3bsr.tasks.base import Task
 from m3bsr.utils.log import get_logger
@@ -47,10 +47,10 @@ def build_tasks(config: Config) -> dict[str, Task]:
 
 
 def build_backbone(config: Config) -> TaskViTMixin:
-    """The backbone with its experts and weights, before any plan.
+    """The backbone with its experts, before any plan or weights.
 
     Raises:
-        ValueError, FileNotFoundError: an unknown backbone, weights that do not fit.
+        ValueError: an unknown backbone, gate or backend, blocks out of range.
     """
     name, moe = config.model.backbone, config.moe
     common = {"img_size": config.data.image_size}
@@ -77,13 +77,23 @@ def build_backbone(config: Config) -> TaskViTMixin:
         backbone = task_backbone(_timm_vit(name, drop_path_rate=config.model.drop_path, **common), config.data.tasks)
         if moe.blocks:
             add_moe(backbone, blocks=moe.blocks, tasks=config.data.tasks, mlp_ratio=moe.mlp_ratio, **experts)
-    if config.model.weights:
-        source: Any = config.model.weights
-        if source == "timm":
-            source = timm.create_model(DENSE_NAMES.get(name, name), pretrained=True).state_dict()
-        report = load_weights(backbone, source, upcycle=moe.upcycle, noise=moe.upcycle_noise)
-        log.info("%s: %s", config.model.weights, report)
     return backbone
+
+
+def _load(config: Config, model: MultiTaskModel) -> None:
+    """Weights of ``config.model.weights``: timm's hub, a backbone file, or the whole model of another run."""
+    name, moe = config.model.weights, config.moe
+    if name == "timm":
+        dense = DENSE_NAMES.get(config.model.backbone, config.model.backbone)
+        source: Any = timm.create_model(dense, pretrained=True).state_dict()
+    else:
+        source = name if name.endswith(".npz") else read_weights(name)
+    if isinstance(source, dict) and is_model_state(source):
+        fresh = load_model_weights(model, source, name)
+        log.info("%s: model of another run%s", name, f", fresh: {', '.join(fresh)}" if fresh else "")
+        return
+    report = load_weights(model.backbone, source, upcycle=moe.upcycle, noise=moe.upcycle_noise, name=name)
+    log.info("%s: %s", name, report)
 
 
 def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
@@ -98,7 +108,7 @@ def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
 
 
 def build_model(config: Config) -> MultiTaskModel:
-    """Backbone and heads, with the plan ``config.bsr`` applied: frozen parameters have ``requires_grad=False``."""
+    """Backbone, heads and weights, with the plan ``config.bsr`` applied: frozen parameters have ``requires_grad=False``."""
     tasks = build_tasks(config)
     backbone = build_backbone(config)
     head = lookup(HEADS, config.model.head, "model.head")
@@ -108,8 +118,11 @@ def build_model(config: Config) -> MultiTaskModel:
     }
     for name, task in tasks.items():
         set_output_bias(heads[name], task.output_bias)
+    model = MultiTaskModel(backbone, heads)
     backbone.set_plan(config.bsr)
-    return MultiTaskModel(backbone, heads)
+    if config.model.weights:
+        _load(config, model)
+    return model
 
 
 def build_datasets(config: Config, target_size: str = "network") -> tuple[Dataset, Dataset]:

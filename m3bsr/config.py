@@ -295,7 +295,7 @@ def _tuples(value: Any) -> Any:
 
 
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:
-    """A copy with dotted fields changed: ``replace(config, {"bsr.keep_rate": 0.7})``.
+    """A copy with dotted fields or whole sections changed: ``replace(config, {"bsr.keep_rate": 0.7})``.
 
     Raises:
         ValueError: an unknown field, or a bad value.
@@ -304,6 +304,9 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     for path, value in changes.items():
         section, _, name = path.partition(".")
         _known(section, {f.name for f in dataclasses.fields(config)}, "section")
+        if not name:
+            config = dataclasses.replace(config, **{section: value})
+            continue
         _known(name, {f.name for f in dataclasses.fields(getattr(config, section))}, f"field {section}.")
         per_section.setdefault(section, {})[name] = value
     new = {s: dataclasses.replace(getattr(config, s), **changes) for s, changes in per_section.items()}

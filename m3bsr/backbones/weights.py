@@ -75,6 +75,7 @@ def load_weights(
     upcycle: str = "copy",
     noise: float = 0.0,
     num_heads: int | None = None,
+    name: str = "",
 ) -> LoadReport:
     """Load dense (or our own MoE) timm weights into a backbone.
 
@@ -85,11 +86,12 @@ def load_weights(
             (see :func:`m3bsr.moe.upcycle.upcycle_mlp`), ``none`` leaves the experts fresh.
         noise: standard deviation, relative to each tensor's own, of the noise that tells the experts apart.
         num_heads: heads that the weights were trained with, where the usual number for the width is wrong.
+        name: what to call the weights in messages (default: the file).
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_weights`; a head count, shape or key that does not fit.
     """
-    name = "state dict" if isinstance(source, Mapping) else str(source)
+    name = name or ("state dict" if isinstance(source, Mapping) else str(source))
     if isinstance(source, str | Path) and Path(source).suffix == ".npz":
         state = _read_npz(Path(source), backbone)
     else:

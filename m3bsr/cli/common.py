@@ -17,6 +17,7 @@ from m3bsr.config import Config, replace
 from m3bsr.engine.checkpoint import CheckpointError, load_weights, newest_checkpoint
 from m3bsr.engine.finite import NonFiniteError
 from m3bsr.models import MultiTaskModel
+from m3bsr.utils.log import show_log
 
 USER_ERROR, BAD_NUMBERS, INTERRUPTED = 2, 3, 130
 
@@ -29,6 +30,7 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Se
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        show_log()
         if os.environ.get("M3BSR_DEBUG") == "1":
             return main(argv)
         try:

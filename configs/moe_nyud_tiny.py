@@ -1,0 +1,21 @@
+"""M3ViT-tiny on NYUD, semantic segmentation and depth at 240x320, from DeiT-tiny, adapted by BSR.
+
+Command:   tools/train.py configs/moe_nyud_tiny.py --data.root DATA/NYUD_MT --model.weights deit_tiny_patch16_224.safetensors
+Hardware:  2 CPU cores, 3 GB of memory
+Time:      see LOG.md
+Expected:  see LOG.md
+Full fine-tuning: add --bsr.train-blocks all --bsr.drop-blocks; heads only: --bsr.train-blocks --bsr.drop-blocks
+"""
+
+from m3bsr.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, OptimConfig, Plan, RunConfig, TrainConfig
+
+config = Config(
+    data=DataConfig(name="nyud", tasks=("semseg", "depth"), image_size=(240, 320), augment="astmt"),
+    model=ModelConfig(backbone="m3vit_tiny_patch16", weights="timm", head="light"),
+    moe=MoEConfig(blocks=(7, 9, 11), num_experts=16, top_k=4, gate="vmoe", gate_mode="per_task", upcycle="split"),
+    bsr=Plan(train_blocks=(7, 9, 11), drop_blocks=(8,), keep_rate=0.7, restore="transfer", restore_before=11),
+    loss=LossConfig(stride=4),
+    train=TrainConfig(epochs=14, batch_size=8, eval_every=7, eval_batch_size=10),
+    optim=OptimConfig(name="adamw", lr=3e-4, head_lr_scale=3.0, weight_decay=0.05, warmup_steps=20),
+    run=RunConfig(dir="runs/moe_nyud_tiny"),
+)

@@ -1,0 +1,20 @@
+"""One logger for the package: short lines on stderr, quiet unless a command line turns it on."""
+
+from __future__ import annotations
+
+import logging
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module of this package."""
+    return logging.getLogger(name)
+
+
+def show_log(level: int = logging.INFO) -> None:
+    """Print the package's messages on stderr (command lines call this once)."""
+    logger = logging.getLogger("m3bsr")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(level)

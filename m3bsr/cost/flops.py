@@ -167,12 +167,30 @@ def _grouped_mm_flops(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwarg
     return 2 * prod(a) * b[2]
 
 
+def _convolution_flops(x: Any, weight: Any, transposed: bool, out: Any) -> int:
+    """`weight` has the input channels of one group (transposed: the output channels), so groups need no factor."""
+    return 2 * prod(weight[1:]) * (x[0] * x[1] * prod(x[2:]) if transposed else prod(out))
+
+
+def _convolution_backward_flops(
+    grad_out: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    output_padding: Any, groups: int, output_mask: Any, out_shape: Any = None,
+) -> int:  # fmt: skip
+    """Each of the two gradients takes as much as the forward pass. Torch's own formula forgets the groups."""
+    return (output_mask[0] + output_mask[1]) * _convolution_flops(x, weight, transposed, grad_out)
+
+
 def _own_formulas() -> dict[Any, Callable[..., int]]:
-    """What torch's own registry lacks."""
-    formulas = {"mv": _mv_flops, "addmv": _addmv_flops, "_grouped_mm": _grouped_mm_flops}
+    """What torch's own registry lacks, or counts wrong."""
+    formulas: dict[str, Callable[..., int]] = {
+        "mv": _mv_flops,
+        "addmv": _addmv_flops,
+        "_grouped_mm": _grouped_mm_flops,
+        "convolution_backward": _convolution_backward_flops,
+    }
     found = {getattr(torch.ops.aten, name, None): shape_wrapper(formula) for name, formula in formulas.items()}
     return {operator: formula for operator, formula in found.items() if operator is not None}
 
 
-FORMULAS: dict[Any, Callable[..., int]] = {**_own_formulas(), **flop_registry}
+FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **_own_formulas()}
 """FLOPs of an operator from its arguments."""

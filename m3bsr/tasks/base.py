@@ -45,6 +45,10 @@ class Task(ABC):
         """The target at ``size = (h, w)`` for a loss at lower resolution; nearest samples, never blended."""
         return resize_nearest(target, size)
 
+    def example_target(self, batch_size: int, size: tuple[int, int]) -> Tensor:
+        """A valid target of zeros ``[batch_size, C, h, w]``, to measure costs without data."""
+        return torch.zeros(batch_size, 1, *size)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, num_channels={self.num_channels})"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from m3bsr.losses import normals_l1
@@ -27,6 +28,9 @@ class Normals(Task):
 
     def metric(self) -> NormalAngles:
         return NormalAngles()
+
+    def example_target(self, batch_size: int, size: tuple[int, int]) -> Tensor:
+        return torch.zeros(batch_size, 3, *size)
 
     def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
         """``(n + 1) / 2`` of the unit vectors as RGB; invalid pixels are black."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from m3bsr.losses import cross_entropy
@@ -31,6 +32,9 @@ class SemSeg(Task):
 
     def metric(self) -> MeanIoU:
         return MeanIoU(self.num_channels)
+
+    def example_target(self, batch_size: int, size: tuple[int, int]) -> Tensor:
+        return torch.zeros(batch_size, 1, *size, dtype=torch.int64)
 
     def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
         return colour_labels(x, self.num_channels, self.name, is_prediction)

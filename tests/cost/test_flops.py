@@ -82,6 +82,18 @@ def test_checkpointing_runs_the_forward_pass_again() -> None:
     assert second.backward_by_module["a"] == first.backward_by_module["a"]
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_convolutions_take_as_much_for_each_gradient(groups: int) -> None:
+    conv, x = nn.Conv2d(8, 16, 3, padding=1, stride=2, groups=groups), torch.randn(2, 8, 12, 10, requires_grad=True)
+    count = count_macs(lambda: conv(x).sum().backward(), conv)
+    assert count.forward == 2 * 16 * 6 * 5 * 8 // groups * 9
+    assert count.backward == 2 * count.forward
+    up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+    count = count_macs(lambda: up(x).sum().backward(), up)
+    assert count.forward == 2 * 8 * 12 * 10 * 4 * 4
+    assert count.backward == 2 * count.forward
+
+
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 def test_grouped_mm_counts_every_row_once() -> None:
     x = torch.randn(12, 16, requires_grad=True)

@@ -1,0 +1,116 @@
+"""``tools/measure_cost.py CONFIG``: what a training step of a config costs, counted and measured at its real size."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m3bsr.build import build_model, build_optimizer, build_tasks
+from m3bsr.cli.common import one_line_errors, pick_device
+from m3bsr.config import Config, parse_cli
+from m3bsr.cost import CostReport, measure_step
+from m3bsr.engine.precision import autocast
+from m3bsr.engine.rng import seed_everything
+from m3bsr.report.html import number
+from m3bsr.report.run import megabytes
+
+DESCRIPTION = (
+    "Cost of a training step of CONFIG on synthetic images; --json prints JSON, --repeats N times N steps (default 5)."
+)
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 for a user error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    arguments = [a for a in arguments if a != "--json"]
+    repeats = _take_number(arguments, "--repeats", 5)
+    config, _ = parse_cli(arguments, DESCRIPTION)
+    report = measure(config, repeats=repeats)
+    print(json.dumps(report.to_dict(), indent=2) if as_json else as_text(report))
+    return 0
+
+
+def _take_number(arguments: list[str], option: str, default: int) -> int:
+    if option not in arguments:
+        return default
+    position = arguments.index(option)
+    value = arguments[position + 1] if position + 1 < len(arguments) else ""
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{option} needs a positive number, got {value!r}")
+    del arguments[position : position + 2]
+    return int(value)
+
+
+def measure(config: Config, *, model: nn.Module | None = None, repeats: int = 5) -> CostReport:
+    """Measure a step as training would run it: batch, precision, losses, optimizer of the config.
+
+    Args:
+        model: measured instead of a new one; its weights change.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``build_model`` does.
+    """
+    device = pick_device(config.run.device)
+    seed_everything(config.run.seed)
+    model = (build_model(config) if model is None else model).to(device).train()
+    optimizer = build_optimizer(config, model)
+    tasks = build_tasks(config)
+    batch_size, size = config.train.batch_size, config.data.image_size
+    loss_size = (math.ceil(size[0] / config.loss.stride), math.ceil(size[1] / config.loss.stride))
+    batch: dict[str, Tensor] = {"image": torch.randn(batch_size, 3, *size)}
+    batch |= {name: task.example_target(batch_size, size) for name, task in tasks.items()}
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with autocast(device, config.train.precision):
+            output = model(batch["image"], tasks=tuple(tasks), size=loss_size)
+        total = config.moe.balance_weight * output.balance_loss + config.moe.z_weight * output.z_loss
+        for name, task in tasks.items():
+            target = batch[name] if config.loss.stride == 1 else task.resize_target(batch[name], loss_size)
+            weight = config.loss.weights.get(name, task.default_weight)
+            total = total + weight * task.loss(output.predictions[name].float(), target)
+        return total
+
+    return measure_step(
+        model, batch, loss, optimizer, batch_size=batch_size, clip_norm=config.train.clip_norm, repeats=repeats
+    )
+
+
+def as_text(report: CostReport) -> str:
+    """The report for people."""
+    low, high = report.step_ms_quartiles
+    lines = [
+        ("trained parameters", f"{report.trainable_params:,} of {report.total_params:,}"),
+        ("forward pass", f"{number(report.forward_gmacs)} GMACs a sample"),
+        ("training step", f"{number(report.train_step_gmacs)} GMACs a sample"),
+        ("stored for backward", f"{megabytes(report.saved_bytes_per_sample)} a sample"),
+        ("gradients", megabytes(report.gradient_bytes)),
+        ("optimizer state", megabytes(report.state_bytes)),
+        ("measured peak", f"{megabytes(report.measured_peak_bytes)}, batch {report.batch_size}"),
+        ("step time", f"{number(report.step_ms, 3)} ms ({number(low, 3)} to {number(high, 3)}), {report.device}"),
+    ]
+    text = [f"{name:<20} {value}" for name, value in lines]
+    modules = by_part(report.gmacs_by_module)
+    width = max(map(len, modules), default=0)
+    text += ["", f"{'GMACs a sample':<{width}}  forward  backward"]
+    text += [f"{name:<{width}}  {forward:7.3f}  {backward:8.3f}" for name, (forward, backward) in modules.items()]
+    return "\n".join(text)
+
+
+def by_part(modules: Any) -> dict[str, tuple[float, float]]:
+    """Counts by module with each head as one line."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, (forward, backward) in modules.items():
+        parts = name.split(".")
+        part = ".".join(parts[:2] if parts[0] == "heads" else parts) or "(attention, scores)"
+        before = sums.get(part, (0.0, 0.0))
+        sums[part] = (before[0] + forward, before[1] + backward)
+    return sums

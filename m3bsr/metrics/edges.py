@@ -4,9 +4,9 @@ For each of 99 thresholds the probability map is binarised, thinned to lines one
 with every annotation within ``max_dist`` of the image diagonal. Per threshold four integers are summed over images:
 matched and predicted pixels (precision), matched and annotated pixels (recall). Everything else follows from these.
 
-Speed on one core at 321x481 with 99 thresholds: 2 to 3 images a second with one annotation, most of it thinning.
-Several annotations need a minimum-cost assignment each at every threshold, which sets the limit there: with five of
-some two thousand pixels each about 8 seconds an image.
+Speed on one core at 321x481 with 99 thresholds: 2 to 4 images a second with one annotation, most of it thinning.
+Several annotations need a minimum-cost assignment each at every threshold, which sets the limit there: about a second
+for each annotation of two thousand pixels.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from m3bsr.engine.finite import NonFiniteError, check_finite
 from m3bsr.engine.loader import eval_loader, steps_in_epoch, steps_in_run, train_loader
 from m3bsr.engine.log import RunLog, Window
 from m3bsr.engine.losses import loss_size, task_losses
-from m3bsr.engine.precision import autocast
-from m3bsr.engine.progress import Progress, Saver
+from m3bsr.engine.precision import autocast, is_slow
+from m3bsr.engine.progress import Progress, Saver, say
 from m3bsr.engine.stop import StopSignal
 from m3bsr.tasks.base import Task
 
@@ -98,6 +98,8 @@ def train(
     # set-up, or everything as it was when the checkpoint was saved
     device = torch.device(device)
     autocast(device, precision)  # complains now, not after the first batch
+    if is_slow(device, precision):
+        say("warning: this CPU has no bf16 arithmetic: train.precision fp32 will be several times faster")
     model.to(device)
     set_step = getattr(model, "set_step", lambda step: None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

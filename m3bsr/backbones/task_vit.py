@@ -88,7 +88,7 @@ class TaskViTMixin(ReprogrammedMixin):
             features=dict(zip(tasks, features, strict=True)),
             grid=grid,
             routing=routing,
-            stages={task: state.stages for task, state in zip(tasks, per_task, strict=True)},
+            stages={task: state.undone + state.stages for task, state in zip(tasks, per_task, strict=True)},
             balance_loss=sum((r.balance_loss for r in learning), zero),
             z_loss=sum((r.z_loss for r in learning), zero),
         )

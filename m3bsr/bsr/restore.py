@@ -44,10 +44,11 @@ def restore(state: TokenState, mode: str, grid: tuple[int, int], adapters: nn.Mo
         grid: patches per column and row ``(h, w)``.
         adapters: one :class:`StageAffine` per drop block, keyed by its number (``adapt`` only).
     """
+    lean = [replace(stage, x_drop_BRD=None, x_keep_BKD=None, match_BR=None) for stage in state.stages]
     for stage in reversed(state.stages):
         adapter = adapters[str(stage.block)] if mode == "adapt" and adapters is not None else None
         state = undo(state, stage, mode, grid, adapter)
-    return replace(state, stages=(), scores_BM=None)
+    return replace(state, stages=(), undone=(*state.undone, *lean), scores_BM=None)
 
 
 def undo(

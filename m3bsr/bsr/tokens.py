@@ -48,6 +48,8 @@ class TokenState:
     scores_BM: Tensor | None = None
     """Scores of the last frozen block that scored, for the ordinary tokens that are still there."""
     stages: tuple[DropStage, ...] = field(default=())
+    undone: tuple[DropStage, ...] = field(default=())
+    """Drops whose tokens are back already, without features: what the report shows."""
 
     @property
     def num_ordinary(self) -> int:
@@ -56,7 +58,8 @@ class TokenState:
     def map(self, fn) -> TokenState:
         """The same state with ``fn`` applied to every tensor (``fn`` may only touch the batch dimension)."""
         tensors = {k: fn(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors, stages=tuple(stage.map(fn) for stage in self.stages))
+        stages, undone = (tuple(stage.map(fn) for stage in part) for part in (self.stages, self.undone))
+        return replace(self, **tensors, stages=stages, undone=undone)
 
     def repeat(self, times: int) -> TokenState:
         """Stack ``times`` copies in the batch, copy-major (all images of copy 0 first)."""

@@ -100,8 +100,9 @@ def demo_configs(folder: Path, data: Path, changes: Mapping[str, Any]) -> dict[s
 
 def draw_rooms(out: Path, domain: str, num_train: int, num_val: int) -> None:
     """Run ``make_scenes.py``; a set that is already there is left as it is."""
-    command = [sys.executable, "datasets/scenes/make_scenes.py", "--out", str(out), "--domain", domain, "--size", "128x160"]
-    done = subprocess.run([*command, "--train", str(num_train), "--val", str(num_val)], check=False)
+    options = ["--out", str(out), "--domain", domain, "--size", "128x160"]
+    numbers = ["--train", str(num_train), "--val", str(num_val)]
+    done = subprocess.run([sys.executable, "datasets/scenes/make_scenes.py", *options, *numbers], check=False)
     if done.returncode:
         raise ValueError(f"drawing the {domain} rooms failed (see above); remove {out} and try again")
 
@@ -118,7 +119,7 @@ def source_row(configs: Mapping[str, Config]) -> dict[str, Any]:
 
 def as_text(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table for the terminal: runs as columns, and BSR as a share of full fine-tuning."""
-    titles = {column.key: column.title for column in COST_COLUMNS}
+    titles = {column.key: column.label for column in COST_COLUMNS}
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     names = list(rows)
     lines = [f"{'':<24}" + "".join(f"{name:>14}" for name in names) + f"{'bsr / full':>14}"]

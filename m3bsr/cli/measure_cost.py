@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from m3bsr.build import build_model, build_optimizer, build_tasks
 from m3bsr.cli.common import one_line_errors, pick_device
 from m3bsr.config import Config, parse_cli
-from m3bsr.cost import CostReport, measure_step
-from m3bsr.engine.precision import autocast
+from m3bsr.cost import CostReport
 from m3bsr.engine.rng import seed_everything
+from m3bsr.engine.step_cost import step_cost
 from m3bsr.report.html import number
 from m3bsr.report.run import megabytes
 
@@ -64,23 +63,21 @@ def measure(config: Config, *, model: nn.Module | None = None, repeats: int = 5)
     optimizer = build_optimizer(config, model)
     tasks = build_tasks(config)
     batch_size, size = config.train.batch_size, config.data.image_size
-    loss_size = (math.ceil(size[0] / config.loss.stride), math.ceil(size[1] / config.loss.stride))
     batch: dict[str, Tensor] = {"image": torch.randn(batch_size, 3, *size)}
     batch |= {name: task.example_target(batch_size, size) for name, task in tasks.items()}
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-
-    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        with autocast(device, config.train.precision):
-            output = model(batch["image"], tasks=tuple(tasks), size=loss_size)
-        total = config.moe.balance_weight * output.balance_loss + config.moe.z_weight * output.z_loss
-        for name, task in tasks.items():
-            target = batch[name] if config.loss.stride == 1 else task.resize_target(batch[name], loss_size)
-            weight = config.loss.weights.get(name, task.default_weight)
-            total = total + weight * task.loss(output.predictions[name].float(), target)
-        return total
-
-    return measure_step(
-        model, batch, loss, optimizer, batch_size=batch_size, clip_norm=config.train.clip_norm, repeats=repeats
+    return step_cost(
+        model,
+        tasks,
+        batch,
+        optimizer,
+        device=device,
+        precision=config.train.precision,
+        clip_norm=config.train.clip_norm,
+        loss_weights=config.loss.weights,
+        loss_stride=config.loss.stride,
+        balance_weight=config.moe.balance_weight,
+        z_weight=config.moe.z_weight,
+        repeats=repeats,
     )
 
 

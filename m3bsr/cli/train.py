@@ -19,11 +19,10 @@ from torch import nn
 from m3bsr.bsr.trainable import count_parameters
 from m3bsr.build import build_datasets, build_model, build_optimizer, build_scheduler, build_tasks
 from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_json
+from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
 from m3bsr.engine import TrainResult, newest_checkpoint, train
-from m3bsr.engine.loader import collate
 from m3bsr.engine.rng import seed_everything
-from m3bsr.engine.step_cost import step_cost
 
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = {
@@ -44,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"checkpoint: {result.checkpoint}; go on with --run.resume")
         return 128 + result.stopped_by
     print(metrics_table(summary["metrics"]))
-    print(f"{config.run.dir}/result.json")
+    print(f"report: {config.run.dir}/report.html")
     return 0
 
 
 def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
-    """Build, train and evaluate what ``config`` describes; write ``config.json`` and ``result.json``.
+    """Build, train and evaluate what ``config`` describes; write ``config.json`` and ``result.json``, ``cost.json`` and
+    ``report.html``.
 
     Args:
         options: further keyword arguments of ``engine.train`` (``reporter``, ``progress_bar`` ...).
@@ -74,15 +74,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     scheduler = build_scheduler(config, optimizer, len(train_set))  # type: ignore[arg-type]
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", config.to_dict())
-    how: dict[str, Any] = {
-        "device": device,
-        "precision": config.train.precision,
-        "clip_norm": config.train.clip_norm,
-        "loss_weights": config.loss.weights,
-        "loss_stride": config.loss.stride,
-        "balance_weight": config.moe.balance_weight,
-        "z_weight": config.moe.z_weight,
-    }
+    options = {"reporter": make_reporter(tasks, val_set), **options}
     result = train(
         model,
         tasks,
@@ -103,15 +95,20 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         num_workers=config.data.num_workers,
         seed=config.run.seed,
         resume=resume,
-        **how,
+        device=device,
+        precision=config.train.precision,
+        clip_norm=config.train.clip_norm,
+        loss_weights=config.loss.weights,
+        loss_stride=config.loss.stride,
+        balance_weight=config.moe.balance_weight,
+        z_weight=config.moe.z_weight,
         **options,
     )
     summary = summarise(result, model, device, time.perf_counter() - began)
     if result.stopped_by is None and (result.step_ms or not (run_dir / "result.json").exists()):
         write_json(run_dir / "result.json", summary)
-        batch = collate([train_set[i] for i in range(config.train.batch_size)])
-        summary["cost"] = step_cost(model, tasks, batch, optimizer, **how).to_dict()
-        write_json(run_dir / "result.json", summary)
+        optimizer.state.clear()  # the measured step has an optimizer of its own; two states would count twice
+        finish_run(run_dir, config, model, tasks, val_set)
     return result, summary
 
 

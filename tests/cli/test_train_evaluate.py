@@ -33,8 +33,10 @@ def test_train_then_evaluate_from_the_checkpoint_alone(job, capsys, tmp_path):
     result = json.loads((job.run / "result.json").read_text())
     assert result["step"] == 4 and result["step_ms"]["num"] == 4
     assert 0 < result["parameters"]["trained"] < result["parameters"]["total"]
-    assert result["peak_memory"]["process_bytes"] > result["cost"]["measured_peak_bytes"] > 1e7
-    assert result["cost"]["trainable_params"] == result["parameters"]["trained"]
+    cost = json.loads((job.run / "cost.json").read_text())
+    assert result["peak_memory"]["process_bytes"] > cost["measured_peak_bytes"] > 1e7
+    assert cost["trainable_params"] == result["parameters"]["trained"]
+    assert "<h2" in (job.run / "report.html").read_text()
     assert "miou" in capsys.readouterr().out
     assert json.loads((job.run / "config.json").read_text())["bsr"]["keep_rate"] == 0.5
 

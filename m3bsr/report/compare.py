@@ -11,7 +11,7 @@ from m3bsr.report import html
 from m3bsr.report.collect import Collected
 from m3bsr.report.curves import Series, training_curves
 from m3bsr.report.html import Column, Section
-from m3bsr.report.panels import Group, Picture, token_groups
+from m3bsr.report.panels import Group, Picture, token_group
 from m3bsr.report.run import COST, MB, read_json
 from m3bsr.tasks import TASKS
 
@@ -114,10 +114,9 @@ def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
             pictures += [Picture(f"{task}: {n}", s.predictions[task]) for n, s in zip(collected, samples, strict=True)]
         groups.append(Group(first.name, tuple(pictures)))
     dropped = [
-        Group(f"{name}: {group.title}", group.pictures)
+        Group(f"{name}: {sample.name}", token_group(sample).pictures)
         for name, runs in collected.items()
         for sample in runs.samples
-        for group in token_groups(sample)
     ]
     return [
         Section("Predictions", html.picture_groups(groups)),

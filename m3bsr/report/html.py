@@ -165,6 +165,8 @@ def picture_groups(groups: Sequence[Group], small: bool = False, longest: int = 
     """Pictures in rows that wrap, each with its caption."""
     parts = []
     for group in groups:
+        if not group.pictures:
+            continue
         figures = "".join(
             f'<figure><img src="{data_uri(shrink(p.pixels, longest))}" alt="{html.escape(p.caption, quote=True)}">'
             f"<figcaption>{html.escape(p.caption)}</figcaption></figure>"

@@ -110,39 +110,28 @@ def task_group(sample: Sample) -> Group:
     return Group(sample.name, tuple(pictures))
 
 
-def token_groups(sample: Sample) -> list[Group]:
-    """Tokens kept at each drop; tasks that dropped the same tokens share a group."""
-    by_tasks: dict[str, tuple[list[str], Sequence[tuple[int, np.ndarray]]]] = {}
+def token_group(sample: Sample) -> Group:
+    """Tokens kept at each drop; tasks that kept the same patches share a picture."""
+    by_mask: dict[tuple[int, bytes], tuple[list[str], np.ndarray]] = {}
     for task, stages in sample.kept.items():
-        if stages:
-            key = "".join(f"{block}:{np.packbits(mask).tobytes().hex()};" for block, mask in stages)
-            by_tasks.setdefault(key, ([], stages))[0].append(task)
-    groups = []
-    for tasks, stages in by_tasks.values():
-        pictures = tuple(
-            Picture(
-                f"after block {block}: {int(mask.sum())} of {mask.size} patches",
-                token_picture(sample.photo, mask, sample.grid),
-            )
-            for block, mask in stages
-        )
-        # All tasks alike (drops before the first task gate) need no names.
-        title = sample.name if len(tasks) == len(sample.kept) else f"{sample.name}: {', '.join(tasks)}"
-        groups.append(Group(title, pictures))
-    return groups
+        for block, mask in stages:
+            by_mask.setdefault((block, mask.tobytes()), ([], mask))[0].append(task)
+    pictures = []
+    for (block, _), (tasks, mask) in sorted(by_mask.items(), key=lambda item: item[0][0]):
+        whose = "" if len(tasks) == len(sample.kept) else f", {', '.join(tasks)}"
+        caption = f"block {block}{whose}: {int(mask.sum())} of {mask.size} patches"
+        pictures.append(Picture(caption, token_picture(sample.photo, mask, sample.grid)))
+    return Group(sample.name, tuple(pictures))
 
 
-def expert_groups(sample: Sample) -> list[Group]:
-    """First-choice expert of each patch: a group per task, a picture per MoE block."""
-    groups = []
-    for task, blocks in sample.experts.items():
-        pictures = tuple(
-            Picture(f"block {block}", expert_picture(sample.photo, experts_P, sample.grid, sample.num_experts))
-            for block, experts_P in blocks.items()
-        )
-        if pictures:
-            groups.append(Group(f"{sample.name}: {task}", pictures))
-    return groups
+def expert_group(sample: Sample) -> Group:
+    """First-choice expert of each patch, per task and MoE block."""
+    pictures = [
+        Picture(f"{task}, block {block}", expert_picture(sample.photo, experts_P, sample.grid, sample.num_experts))
+        for task, blocks in sample.experts.items()
+        for block, experts_P in blocks.items()
+    ]
+    return Group(sample.name, tuple(pictures))
 
 
 def save_panel(sample: Sample, path: str | Path) -> None:
@@ -150,12 +139,10 @@ def save_panel(sample: Sample, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [task_group(sample), *token_groups(sample), *expert_groups(sample)]
-    titles = ["", *("tokens kept" for _ in token_groups(sample))]
-    titles += [f"experts: {task}" for task, blocks in sample.experts.items() if blocks]
+    rows = {"": task_group(sample), "tokens kept": token_group(sample), "experts": expert_group(sample)}
     lines = [  # at most six pictures a line
         (title if start == 0 else "", row.pictures[start : start + 6])
-        for title, row in zip(titles, rows, strict=True)
+        for title, row in rows.items()
         for start in range(0, len(row.pictures), 6)
     ]
     columns = max(len(pictures) for _, pictures in lines)

@@ -13,7 +13,7 @@ from m3bsr.report import html
 from m3bsr.report.collect import Collected
 from m3bsr.report.curves import training_curves
 from m3bsr.report.html import Column, Section
-from m3bsr.report.panels import expert_groups, task_group, token_groups
+from m3bsr.report.panels import expert_group, task_group, token_group
 from m3bsr.tasks import TASKS
 
 REPORT, COST = "report.html", "cost.json"
@@ -38,7 +38,7 @@ def run_report(run_dir: str | Path, collected: Collected | None = None, title: s
     sections = [
         Section("Summary", summary(config, result, cost, records)),
         Section("Metrics", metrics_table(result, records), protocol_note(result, records)),
-        Section("Curves", html.charts(training_curves(records))),
+        Section("Curves", curves(records)),
         *picture_sections(collected),
         Section("Cost", cost_table(cost), cost_note(cost)),
         Section("Config", config_table(config)),
@@ -130,6 +130,15 @@ def metrics_table(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     return html.table(columns, rows)
 
 
+def curves(records: Sequence[Mapping[str, Any]]) -> str:
+    """Losses and the main metric of each task; the other curves behind a click."""
+    every = training_curves(records)
+    first = {f"{name}: {task.main_metric}" for name, task in TASKS.items()}
+    shown = [(title, series) for title, series in every if title.startswith("training loss") or title in first]
+    rest = [pair for pair in every if pair not in shown]
+    return html.charts(shown) + (html.details("more curves", html.charts(rest)) if rest else "")
+
+
 def protocol_note(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     protocol = result.get("protocol") or next((r.get("protocol") for r in reversed(records) if r.get("protocol")), "")
     notes = {
@@ -144,12 +153,11 @@ def picture_sections(collected: Collected | None) -> list[Section]:
     if collected is None:
         return []
     samples = collected.samples
-    experts = [group for sample in samples[:2] for group in expert_groups(sample)]
     return [
         Section("Predictions", html.picture_groups([task_group(sample) for sample in samples])),
         Section(
             "Tokens kept",
-            html.picture_groups([group for sample in samples for group in token_groups(sample)]),
+            html.picture_groups([token_group(sample) for sample in samples]),
             "Greyed patches were dropped; they come back by the plan's way of restoring before the heads.",
         ),
         Section(
@@ -158,7 +166,11 @@ def picture_sections(collected: Collected | None) -> list[Section]:
             f"Share of choices in per cent, over {len(samples)} photographs and all choices of a token. "
             "Entropy is 100 % when all experts are used alike.",
         ),
-        Section("Experts chosen", html.picture_groups(experts, small=True, longest=240), "First choice of each patch."),
+        Section(
+            "Experts chosen",
+            html.picture_groups([expert_group(sample) for sample in samples], small=True, longest=240),
+            "First choice of each patch in colour; grey where it had been dropped.",
+        ),
     ]
 
 

@@ -77,6 +77,9 @@ def build_backbone(config: Config) -> TaskViTMixin:
         backbone = task_backbone(_timm_vit(name, drop_path_rate=config.model.drop_path, **common), config.data.tasks)
         if moe.blocks:
             add_moe(backbone, blocks=moe.blocks, tasks=config.data.tasks, mlp_ratio=moe.mlp_ratio, **experts)
+    patch = backbone.patch_embed.patch_size
+    if any(side % step for side, step in zip(config.data.image_size, patch, strict=True)):
+        raise ValueError(f"data.image_size {config.data.image_size} must be multiples of the patch size {patch}")
     return backbone
 
 
@@ -101,7 +104,10 @@ def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*timm.list_models("*vit*"), *timm.list_models("*deit*")], 1)
         raise ValueError(f"model.backbone: unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    model = timm.create_model(name, num_classes=0, **kwargs)
+    try:
+        model = timm.create_model(name, num_classes=0, **kwargs)
+    except TypeError:  # other families take other arguments
+        model = timm.create_model(name, num_classes=0)
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"model.backbone: {name} is a {type(model).__name__}, not a timm VisionTransformer")
     return model

@@ -12,7 +12,7 @@ from m3bsr.report.collect import Collected
 from m3bsr.report.curves import Series, training_curves
 from m3bsr.report.html import Column, Section
 from m3bsr.report.panels import Group, Picture, token_group
-from m3bsr.report.run import COST, MB, read_json
+from m3bsr.report.run import COST, MB, curves, read_json
 from m3bsr.tasks import TASKS
 
 
@@ -70,7 +70,7 @@ def compare_report(
     links = "".join(html.paragraph(f"{name}: {folder}") for name, folder in folders.items())
     sections = [
         Section("Table", compare_table(rows), note),
-        Section("Curves", (html.legend(list(logs)) + html.charts(joined_curves(logs))) if logs else ""),
+        Section("Curves", (html.legend(list(logs)) + curves(joined_curves(logs))) if logs else ""),
         *compare_pictures(collected or {}),
         Section("Runs", links),
     ]

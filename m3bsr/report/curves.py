@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 52, 10, 10, 30
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 224, 52, 10, 10, 34
 
 
 def training_curves(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Series]]:
@@ -74,8 +74,8 @@ def line_chart(series: Series, *, x_label: str = "step", label: str = "") -> str
     for tick in x_ticks:
         if x_range[0] <= tick <= x_range[1]:
             x = at(tick, y_range[0])[0]
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{tick_label(tick)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{html.escape(x_label)}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{tick_label(tick)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{html.escape(x_label)}</text>')
     for index, (name, points) in enumerate(series.items()):
         colour = f"var(--c{index % 8})"
         places = [at(x, y) for x, y in sorted(points)]

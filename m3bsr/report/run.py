@@ -11,7 +11,7 @@ from typing import Any
 from m3bsr.engine.log import read_log
 from m3bsr.report import html
 from m3bsr.report.collect import Collected
-from m3bsr.report.curves import training_curves
+from m3bsr.report.curves import Series, training_curves
 from m3bsr.report.html import Column, Section
 from m3bsr.report.panels import expert_group, task_group, token_group
 from m3bsr.tasks import TASKS
@@ -38,7 +38,7 @@ def run_report(run_dir: str | Path, collected: Collected | None = None, title: s
     sections = [
         Section("Summary", summary(config, result, cost, records)),
         Section("Metrics", metrics_table(result, records), protocol_note(result, records)),
-        Section("Curves", curves(records)),
+        Section("Curves", curves(training_curves(records))),
         *picture_sections(collected),
         Section("Cost", cost_table(cost), cost_note(cost)),
         Section("Config", config_table(config)),
@@ -130,9 +130,8 @@ def metrics_table(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     return html.table(columns, rows)
 
 
-def curves(records: Sequence[Mapping[str, Any]]) -> str:
+def curves(every: Sequence[tuple[str, Series]]) -> str:
     """Losses and the main metric of each task; the other curves behind a click."""
-    every = training_curves(records)
     first = {f"{name}: {task.main_metric}" for name, task in TASKS.items()}
     shown = [(title, series) for title, series in every if title.startswith("training loss") or title in first]
     rest = [pair for pair in every if pair not in shown]

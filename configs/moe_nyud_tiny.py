@@ -15,7 +15,7 @@ config = Config(
     moe=MoEConfig(blocks=(7, 9, 11), num_experts=16, top_k=4, gate="vmoe", gate_mode="per_task", upcycle="split"),
     bsr=Plan(train_blocks=(7, 9, 11), drop_blocks=(8,), keep_rate=0.7, restore="transfer", restore_before=11),
     loss=LossConfig(stride=4),
-    train=TrainConfig(epochs=14, batch_size=8, eval_every=7, eval_batch_size=10),
+    train=TrainConfig(epochs=8, batch_size=8, eval_every=4, eval_batch_size=10),
     optim=OptimConfig(name="adamw", lr=3e-4, head_lr_scale=3.0, weight_decay=0.05, warmup_steps=20),
     run=RunConfig(dir="runs/moe_nyud_tiny"),
 )

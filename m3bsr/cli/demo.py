@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_rooms(dataset_path(args.data / domain), domain, args.train, args.val)
     for number, (name, what) in enumerate(STEPS.items(), start=3):
         say(f"{number}/5 {what}")
-        train_run(configs[name])
+        result, _ = train_run(configs[name])
+        if result.stopped_by is not None:
+            print(f"stopped by {signal.Signals(result.stopped_by).name}; start again with the same command")
+            return 128 + result.stopped_by
     rows = {"not adapted": source_row(configs)} | {name: comparison_row(args.dir / name) for name in ("bsr", "full")}
     pictures = {name: pictures_of(*open_run(args.dir / name)[:2], num=3) for name in ("bsr", "full")}
     page = compare_report(

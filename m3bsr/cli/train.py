@@ -23,6 +23,7 @@ from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
 from m3bsr.engine import TrainResult, newest_checkpoint, train
 from m3bsr.engine.rng import seed_everything
+from m3bsr.utils.malloc import keep_freed_memory
 
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = {
@@ -62,6 +63,8 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         NonFiniteError: see ``engine.train``.
     """
     device = pick_device(config.run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     run_dir = Path(config.run.dir)
     resume = prepare_run_dir(run_dir, config)
     began = time.perf_counter()

@@ -11,8 +11,8 @@ from m3bsr.report import html
 from m3bsr.report.collect import Collected
 from m3bsr.report.curves import Series, training_curves
 from m3bsr.report.html import Column, Section
-from m3bsr.report.panels import Group, Picture, token_group
-from m3bsr.report.run import COST, MB, curves, read_json
+from m3bsr.report.panels import Group, Picture, expert_group, token_group
+from m3bsr.report.run import COST, MB, curves, load_tables, read_json
 from m3bsr.tasks import TASKS
 
 
@@ -103,7 +103,7 @@ def joined_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple
 
 
 def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
-    """Predictions of every run on the same photographs, then where each run dropped tokens."""
+    """Predictions of every run on the same photographs, where each dropped tokens, and what its experts did."""
     groups = []
     for samples in zip(*(c.samples for c in collected.values()), strict=False):
         first = samples[0]
@@ -117,8 +117,18 @@ def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
         Group(f"{name}: {sample.name}", token_group(sample).pictures)
         for name, runs in collected.items()
         for sample in runs.samples
+        if sample.kept
     ]
+    experts = [
+        Group(f"{name}: {sample.name}", expert_group(sample).pictures)
+        for name, runs in collected.items()
+        for sample in runs.samples[:1]
+        if sample.experts
+    ]
+    loads = "".join(f"<h3>{name}</h3>{load_tables(runs)}" for name, runs in collected.items() if runs.load)
     return [
         Section("Predictions", html.picture_groups(groups)),
         Section("Tokens kept", html.picture_groups(dropped), "Greyed patches were dropped."),
+        Section("Experts chosen", html.picture_groups(experts, small=True, longest=240), "First choice of each patch."),
+        Section("Expert load", loads, "Share of choices in per cent, over the photographs above."),
     ]

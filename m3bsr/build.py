@@ -114,7 +114,7 @@ def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
 
 
 def build_model(config: Config) -> MultiTaskModel:
-    """Backbone, heads and weights, with the plan ``config.bsr`` applied: frozen parameters have ``requires_grad=False``."""
+    """Backbone, heads and weights, with ``config.bsr`` applied: frozen parameters have ``requires_grad=False``."""
     tasks = build_tasks(config)
     backbone = build_backbone(config)
     head = lookup(HEADS, config.model.head, "model.head")

@@ -358,9 +358,8 @@ def parse_cli(argv: Sequence[str], description: str) -> tuple[Config, str]:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            config = tyro.cli(
-                Config, prog="TOOL CONFIG", default=default, args=list(argv[1:] if path else argv), description=description
-            )
+            arguments = list(argv[1:] if path else argv)
+            config = tyro.cli(Config, prog="TOOL CONFIG", default=default, args=arguments, description=description)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

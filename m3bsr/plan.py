@@ -1,4 +1,4 @@
-"""The plan of a reprogramming: which blocks and experts train, where tokens are dropped, how, and how they come back."""
+"""The plan of a reprogramming: what trains, where tokens are dropped, how, and how they come back."""
 
 from __future__ import annotations
 

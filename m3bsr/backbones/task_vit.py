@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 from torch import Tensor, nn
 
 from m3bsr.bsr import DropStage, ReprogrammedMixin, TokenState, restore
@@ -82,7 +81,7 @@ class TaskViTMixin(ReprogrammedMixin):
         per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
         restored = restore(state, self.plan.restore, grid, getattr(self, "bsr_adapters", None)).x_BND
         features = restored.chunk(len(streams)) if len(streams) > 1 else [restored] * len(tasks)
-        learning = [r for i, r in routing.items() if any(p.requires_grad for p in self.blocks[i].mlp.gates.parameters())]
+        learning = [r for i, r in routing.items() if _trains(self.blocks[i].mlp.gates)]
         zero = restored.new_zeros(())
         return BackboneOutput(
             features=dict(zip(tasks, features, strict=True)),
@@ -92,6 +91,10 @@ class TaskViTMixin(ReprogrammedMixin):
             balance_loss=sum((r.balance_loss for r in learning), zero),
             z_loss=sum((r.z_loss for r in learning), zero),
         )
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _split(state: TokenState, times: int) -> list[TokenState]:
@@ -145,5 +148,3 @@ def drop_final_norm(vit: nn.Module) -> None:
             setattr(vit, name, nn.Identity())
     if getattr(vit, "attn_pool", None) is not None:
         vit.attn_pool = None  # type: ignore[assignment]
-
-

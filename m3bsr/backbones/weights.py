@@ -80,7 +80,7 @@ def load_weights(
     """Load dense (or our own MoE) timm weights into a backbone.
 
     Args:
-        backbone: a task backbone; its gates keep their fresh weights (after ``split`` experts of one group share a column).
+        backbone: a task backbone; its gates stay fresh (after ``split`` the experts of a group share a column).
         source: a file or a state dict with timm's names.
         upcycle: how a dense MLP becomes experts where the backbone has a mixture: ``copy`` or ``split``
             (see :func:`m3bsr.moe.upcycle.upcycle_mlp`), ``none`` leaves the experts fresh.
@@ -195,7 +195,10 @@ def _load(backbone: TaskViTMixin, state: dict[str, Tensor], name: str, fresh_exp
     may_stay = (".mlp.gates.", ".mlp.experts.") if fresh_experts else (".mlp.gates.",)
     missing = sorted(k for k in own if k not in state and not any(part in k for part in may_stay))
     if unknown or missing:
-        parts = [f"{what}: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}" for what, keys in
-                 (("not in the model", unknown), ("missing", missing)) if keys]
+        parts = [
+            f"{what}: {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}"
+            for what, keys in (("not in the model", unknown), ("missing", missing))
+            if keys
+        ]
         raise ValueError(f"{name} does not fit the backbone ({'; '.join(parts)})")
     backbone.load_state_dict({**own, **state})

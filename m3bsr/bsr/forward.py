@@ -126,9 +126,7 @@ def run_blocks(
     return state
 
 
-def _attention_half(
-    block: Block, index: int, x_BND: Tensor, kind, num_prefix: int, want_keys: bool
-) -> Attended:
+def _attention_half(block: Block, index: int, x_BND: Tensor, kind, num_prefix: int, want_keys: bool) -> Attended:
     normed = block.norm1(x_BND)
     if kind == "none" and not want_keys and not hasattr(block.attn, "head_dim"):
         return Attended(x_BND + block.drop_path1(block.ls1(block.attn(normed))), None, None)

@@ -36,7 +36,8 @@ class Report:
         share = count.trained / max(1, count.total)
         return "\n".join(
             (
-                f"{self.name}: {count.trained:,} of {count.total:,} parameters train ({share:.1%}), {count.frozen:,} frozen",
+                f"{self.name}: {count.trained:,} of {count.total:,} parameters train ({share:.1%}), "
+                f"{count.frozen:,} frozen",
                 f"trained blocks: {_numbers(self.plan.train_blocks)}, drop blocks: {_numbers(self.plan.drop_blocks)}",
                 f"tokens after each block: {_numbers(self.tokens_after_block)}",
             )

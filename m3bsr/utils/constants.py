@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 IGNORE = 255
-"""Marks an invalid pixel in every target: class labels, depth (255.0), normals (all three channels), edges, saliency."""
+"""Marks an invalid pixel in every target: labels, depth (255.0), normals (all three channels), edges."""

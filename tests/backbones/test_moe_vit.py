@@ -36,7 +36,14 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan((5,), drop_blocks=(1, 4), keep_rate=0.5), Plan((3, 5), drop_blocks=(2,), keep_rate=0.6, fuse="mean", restore="bypass")])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(),
+        Plan((5,), drop_blocks=(1, 4), keep_rate=0.5),
+        Plan((3, 5), drop_blocks=(2,), keep_rate=0.6, fuse="mean", restore="bypass"),
+    ],
+)
 @pytest.mark.parametrize("gate_mode", ["per_task", "shared", "task_conditioned"])
 def test_tasks_together_equal_tasks_alone(plan: Plan, gate_mode: str) -> None:
     backbone = make(gate_mode=gate_mode).eval()
@@ -135,7 +142,9 @@ def write_npz(vit: VisionTransformer, path: Path) -> None:
         for n, name in enumerate(("query", "key", "value")):
             out[f"{target}MultiHeadDotProductAttention_1/{name}/kernel"] = qkv[n * D : (n + 1) * D].T.reshape(D, H, -1)
             out[f"{target}MultiHeadDotProductAttention_1/{name}/bias"] = bias[n * D : (n + 1) * D].reshape(H, -1)
-        out[f"{target}MultiHeadDotProductAttention_1/out/kernel"] = state[f"{block}attn.proj.weight"].T.reshape(H, -1, D)
+        out[f"{target}MultiHeadDotProductAttention_1/out/kernel"] = state[f"{block}attn.proj.weight"].T.reshape(
+            H, -1, D
+        )
         out[f"{target}MultiHeadDotProductAttention_1/out/bias"] = state[f"{block}attn.proj.bias"]
         for n, name in enumerate(("fc1", "fc2")):
             out[f"{target}MlpBlock_3/Dense_{n}/kernel"] = state[f"{block}mlp.{name}.weight"].T
@@ -183,13 +192,17 @@ def test_any_timm_vit_serves_tasks_and_takes_experts(cls: type) -> None:
     backbone = task_backbone(cls(img_size=(32, 48), num_classes=3, **SIZES), TASKS)
     dense_features = backbone(images())
     assert dense_features["depth"] is dense_features["semseg"]
-    add_moe(backbone, blocks=(4,), tasks=TASKS, num_experts=4, top_k=2, mlp_ratio=1, gate="noisy_topk", gate_mode="per_task")
+    add_moe(
+        backbone, blocks=(4,), tasks=TASKS, num_experts=4, top_k=2, mlp_ratio=1, gate="noisy_topk", gate_mode="per_task"
+    )
     assert backbone.moe_blocks == (4,) and isinstance(backbone.blocks[4].mlp, MoEMlp)
     features = backbone.eval()(images())
     assert features["depth"].shape == (2, 24 + backbone.num_prefix_tokens, 24)
     assert not torch.equal(features["depth"], features["semseg"])
     with pytest.raises(ValueError, match="out of range"):
-        add_moe(backbone, blocks=(6,), tasks=TASKS, num_experts=4, top_k=2, mlp_ratio=1, gate="vmoe", gate_mode="shared")
+        add_moe(
+            backbone, blocks=(6,), tasks=TASKS, num_experts=4, top_k=2, mlp_ratio=1, gate="vmoe", gate_mode="shared"
+        )
     with pytest.raises(ValueError, match="did you mean 'depth'"):
         backbone(images(), tasks=("dept",))
 

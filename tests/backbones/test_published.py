@@ -16,8 +16,19 @@ STATE = {k.removeprefix("weights/"): v for k, v in TENSORS.items() if k.startswi
 
 def published_backbone() -> MoEVisionTransformer:
     return MoEVisionTransformer(
-        img_size=(64, 80), patch_size=16, embed_dim=48, depth=4, num_heads=4, mlp_ratio=4, moe_blocks=(1, 3),
-        num_experts=8, top_k=2, moe_mlp_ratio=1, gate="vmoe", gate_mode="per_task", tasks=("semseg", "depth"),
+        img_size=(64, 80),
+        patch_size=16,
+        embed_dim=48,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=4,
+        moe_blocks=(1, 3),
+        num_experts=8,
+        top_k=2,
+        moe_mlp_ratio=1,
+        gate="vmoe",
+        gate_mode="per_task",
+        tasks=("semseg", "depth"),
         noise_std=0.0,
     ).eval()
 
@@ -52,7 +63,9 @@ def test_names_round_trip_and_ranks_join(tmp_path: Path) -> None:
         torch.save({"state_dict": experts if rank else {**STATE, **experts}}, tmp_path / f"{rank}.pth")
     other = published_backbone()
     load_published_weights(other, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), backbone.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.state_dict().values(), backbone.state_dict().values(), strict=True)
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused() -> None:

@@ -56,7 +56,9 @@ def test_families_keep_rate_one_equals_timm_and_dropping_counts_tokens(family: s
         state, _ = model.forward_tokens(x)
         assert state.x_BND.shape[1] == model.tokens_after_block[-1]
         model(x).sum().backward()
-        trained = {n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None and n.startswith("blocks")}
+        trained = {
+            n.split(".")[1] for n, p in model.named_parameters() if p.grad is not None and n.startswith("blocks")
+        }
         assert trained == {"2", "5"}
 
 
@@ -202,7 +204,8 @@ def test_copies_pickles_and_state_dicts_round_trip() -> None:
 
 def test_schedule_goes_from_no_drop_to_the_keep_rate_in_training_only() -> None:
     model = reprogram(
-        make(), Plan(train_blocks=(5,), drop_blocks=(1,), keep_rate=0.5, fuse="none", schedule="cosine", schedule_steps=10)
+        make(),
+        Plan(train_blocks=(5,), drop_blocks=(1,), keep_rate=0.5, fuse="none", schedule="cosine", schedule_steps=10),
     )
     counts = []
     for step in (0, 5, 10, 20):

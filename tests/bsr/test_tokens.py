@@ -51,7 +51,8 @@ def test_kept_tokens_stay_in_image_order_and_prefix_is_never_dropped(num_patches
 
 
 @pytest.mark.parametrize(
-    ("rate", "tokens", "kept"), [(0.5, 196, 98), (0.7, 196, 138), (0.7, 139, 98), (0.55, 100, 55), (0.001, 9, 1), (1, 7, 7)]
+    ("rate", "tokens", "kept"),
+    [(0.5, 196, 98), (0.7, 196, 138), (0.7, 139, 98), (0.55, 100, 55), (0.001, 9, 1), (1, 7, 7)],
 )
 def test_number_of_kept_tokens(rate: float, tokens: int, kept: int) -> None:
     assert num_kept(rate, tokens) == kept
@@ -104,8 +105,13 @@ def test_transfer_adds_what_the_most_similar_kept_token_gained() -> None:
     x = torch.zeros(1, 4, 2)
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [1.0, 0.1]]])
     state = drop(
-        start(x, 0), torch.tensor([[4.0, 3.0, 2.0, 1.0]]), block=0, keep_rate=0.5, fuse="none",
-        restorable=True, keys_BMd=keys,
+        start(x, 0),
+        torch.tensor([[4.0, 3.0, 2.0, 1.0]]),
+        block=0,
+        keep_rate=0.5,
+        fuse="none",
+        restorable=True,
+        keys_BMd=keys,
     )
     gained = replace(state, x_BND=torch.tensor([[[10.0, 0.0], [0.0, 20.0]]]))
     restored = restore(gained, "transfer", (2, 2)).x_BND

@@ -33,7 +33,9 @@ def test_predictions_have_the_size_asked_for_and_one_task_costs_one_path() -> No
     model = make().eval()
     output = model(images())
     assert {t: p.shape[1:] for t, p in output.predictions.items()} == {
-        "semseg": (40, 64, 96), "depth": (1, 64, 96), "normals": (3, 64, 96)
+        "semseg": (40, 64, 96),
+        "depth": (1, 64, 96),
+        "normals": (3, 64, 96),
     }
     small = model(images(), tasks=("depth",), size=(16, 24))
     assert list(small.predictions) == ["depth"] and small.predictions["depth"].shape == (2, 1, 16, 24)

@@ -87,10 +87,14 @@ def attend(attn: Attention, x_BND: Tensor, *, score: ScoreKind, num_prefix: int,
 
 def token_scores(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, score: ScoreKind, num_prefix: int) -> Tensor:
     """Scores ``[B, M]`` of the tokens behind the prefix, in float32 (see :func:`attend`)."""
-    q, k = q_BHNd.float(), k_BHNd.float()
     if score == "class_row":
-        row_BH1N = ((q[:, :, :1] * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-        return row_BH1N[:, :, 0, num_prefix:].mean(1)
+        # All heads in one product: keys [B, N, H*d] are a view of qkv, whereas a product per head would copy them (and
+        # keep the copy for the backward pass). The query becomes block-diagonal [B, H*d, H].
+        q_BHd = q_BHNd[:, :, 0] * scale
+        q_BDH = torch.diag_embed(q_BHd.transpose(1, 2)).transpose(1, 2).flatten(1, 2)
+        row_BNH = torch.bmm(k_BHNd.transpose(1, 2).flatten(2), q_BDH).float().softmax(dim=1)
+        return row_BNH[:, num_prefix:].mean(2)
+    q, k = q_BHNd.float(), k_BHNd.float()
     received_BN = q.new_zeros(q.shape[0], q.shape[2])
     for rows in (q * scale).split(RECEIVED_CHUNK, dim=2):
         received_BN = received_BN + (rows @ k.transpose(-2, -1)).softmax(dim=-1).sum(2).mean(1)

@@ -86,9 +86,10 @@ def select(scores_BM: Tensor, num_keep: int) -> tuple[Tensor, Tensor]:
 
 def take(x_BND: Tensor, idx_BK: Tensor) -> Tensor:
     """``x[b, idx[b, k]]`` for tensors ``[B, N]`` or ``[B, N, D]``."""
-    if x_BND.ndim == 2:
-        return x_BND.gather(1, idx_BK)
-    return x_BND.gather(1, idx_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+    B, N = x_BND.shape[:2]
+    # index_select keeps only the indices for its backward pass; gather would keep all of x.
+    rows = idx_BK + torch.arange(B, device=idx_BK.device).unsqueeze(1) * N
+    return x_BND.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, idx_BK.shape)
 
 
 def fuse_tokens(x_BRD: Tensor, weight_BR: Tensor, normalise: bool) -> Tensor:

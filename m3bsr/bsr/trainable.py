@@ -71,7 +71,7 @@ def _set_trainable_experts(vit: nn.Module, plan: Plan) -> None:
     if isinstance(plan.train_experts, str):
         raise ValueError(
             f"bsr.train_experts {plan.train_experts!r} must be measured first: "
-            f"resolve it with m3bsr.moe.choose_experts on a few batches and give the tuples"
+            f"tools/train.py does so, in a library use m3bsr.engine.choose_experts and give the tuples"
         )
     blocks = range(len(vit.blocks)) if plan.train_blocks == "all" else plan.train_blocks  # type: ignore[arg-type]
     moe = {i: vit.blocks[i].mlp for i in blocks if hasattr(vit.blocks[i].mlp, "set_trainable_experts")}  # type: ignore[index,union-attr]

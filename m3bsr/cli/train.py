@@ -22,9 +22,12 @@ from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_
 from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
 from m3bsr.engine import TrainResult, newest_checkpoint, train
+from m3bsr.engine.choose_experts import choose_experts
 from m3bsr.engine.rng import seed_everything
 from m3bsr.utils.malloc import keep_freed_memory
 
+# Batches that "top:n" counts the routing on.
+NUM_COUNTING_BATCHES = 4
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = {
     *("run.dir", "run.resume", "run.overwrite", "run.device", "data.root", "data.num_workers", "data.max_val"),
@@ -71,6 +74,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     seed_everything(config.run.seed)
     tasks = build_tasks(config)
     train_set, val_set = build_datasets(config)
+    config = with_chosen_experts(config, train_set, device, resume)
     # A checkpoint has all weights, so the file that the run started from may be gone.
     model = build_model(replace(config, {"model.weights": ""}) if resume else config)
     optimizer = build_optimizer(config, model)
@@ -142,9 +146,28 @@ def prepare_run_dir(run_dir: Path, config: Config) -> bool:
     return False
 
 
+def with_chosen_experts(config: Config, train_set: Any, device: torch.device, resume: bool) -> Config:
+    """``bsr.train_experts="top:n"`` turned into the experts themselves: measured, or on resume those of the run."""
+    wanted = config.bsr.train_experts
+    if not isinstance(wanted, str) or wanted == "all":
+        return config
+    if resume:
+        saved = json.loads((Path(config.run.dir) / "config.json").read_text())
+        return replace(config, {"bsr.train_experts": Config.from_dict(saved).bsr.train_experts})
+    model = build_model(replace(config, {"bsr.train_experts": "all"})).to(device)
+    depth, size = len(model.backbone.blocks), config.train.batch_size
+    blocks = range(depth) if config.bsr.train_blocks == "all" else config.bsr.train_blocks
+    indices = range(min(len(train_set), NUM_COUNTING_BATCHES * size))
+    batches = torch.stack([train_set[i]["image"] for i in indices]).to(device).split(size)
+    experts = choose_experts(model, batches, tuple(blocks), int(wanted.removeprefix("top:")))
+    seed_everything(config.run.seed)  # training must not depend on how many numbers the counting drew
+    return replace(config, {"bsr.train_experts": experts})
+
+
 def _check_same_settings(saved: Mapping[str, Any], config: Config, checkpoint: Path) -> None:
     then, now = _flat(saved), _flat(json.loads(config.to_json()))
-    changed = [name for name in now if name not in FREE_ON_RESUME and then.get(name, now[name]) != now[name]]
+    free = FREE_ON_RESUME | ({"bsr.train_experts"} if str(now["bsr.train_experts"]).startswith("top:") else set())
+    changed = [name for name in now if name not in free and then.get(name, now[name]) != now[name]]
     if changed:
         name, more = changed[0], f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
         raise ValueError(

@@ -148,3 +148,12 @@ def test_tools_call_the_command(tmp_path, monkeypatch, capsys, name):
         runpy.run_path(str(TOOLS / name), run_name="__main__")
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("error: no such")
+
+
+def test_top_n_experts_are_counted_trained_and_kept_on_resume(job):
+    argv = [job.config, "--bsr.train-experts", "top:1", "--train.max-steps", "2"]
+    assert train.main(argv) == 0
+    chosen = json.loads((job.run / "config.json").read_text())["bsr"]["train_experts"]
+    assert chosen and all(len(experts) == 1 for experts in chosen)
+    assert train.main([*argv[:-1], "3", "--run.resume"]) == 0
+    assert json.loads((job.run / "config.json").read_text())["bsr"]["train_experts"] == chosen

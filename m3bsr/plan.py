@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-FUSE = ("sum", "mean", "none")
-SCORE_SOURCE = ("frozen", "own")
-SCHEDULE = ("constant", "cosine")
-RESTORE = ("bypass", "adapt", "interpolate", "transfer")
-RECOMPUTE = ("none", "frozen")
+from m3bsr.utils.checks import check_fields, did_you_mean, tuples
+
+Fuse = Literal["sum", "mean", "none"]
+ScoreSource = Literal["frozen", "own"]
+Schedule = Literal["constant", "cosine"]
+Restore = Literal["bypass", "adapt", "interpolate", "transfer"]
+Recompute = Literal["none", "frozen"]
+FUSE: tuple[str, ...] = get_args(Fuse)
+SCORE_SOURCE: tuple[str, ...] = get_args(ScoreSource)
+SCHEDULE: tuple[str, ...] = get_args(Schedule)
+RESTORE: tuple[str, ...] = get_args(Restore)
+RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
 
 @dataclass(frozen=True)
@@ -31,58 +38,54 @@ class Plan:
     """Blocks that drop tokens between their attention and their MLP; never the last one."""
     keep_rate: float | tuple[float, ...] = 1.0
     """Share of tokens that a drop keeps, in (0, 1]: one number, or one per drop block."""
-    fuse: Literal["sum", "mean", "none"] = "sum"
+    fuse: Fuse = "sum"
     """What becomes of dropped tokens: one token weighted by raw scores, or by normalised ones, or nothing."""
-    score_source: Literal["frozen", "own"] = "frozen"
+    score_source: ScoreSource = "frozen"
     """Whose attention scores the tokens: the nearest frozen block, or the dropping block itself."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     """Keep rate in training: constant, or a cosine from 1 down to keep_rate over schedule_steps."""
     schedule_steps: int = 0
     """Steps of the cosine schedule."""
-    restore: Literal["bypass", "adapt", "interpolate", "transfer"] = "transfer"
+    restore: Restore = "transfer"
     """How dropped tokens come back for dense tasks."""
     restore_before: int | None = None
     """Block before which the whole grid is restored, so that the blocks behind it mend it."""
-    recompute: Literal["none", "frozen"] = "none"
+    recompute: Recompute = "none"
     """Recompute frozen blocks in the backward pass instead of storing their activations."""
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("fuse", FUSE),
-            ("score_source", SCORE_SOURCE),
-            ("schedule", SCHEDULE),
-            ("restore", RESTORE),
-            ("recompute", RECOMPUTE),
-        ):
-            _one_of(name, getattr(self, name), known)
+        check_fields(self, "bsr")
         if self.train_blocks != "all":
-            if isinstance(self.train_blocks, str):
-                raise ValueError(f'bsr.train_blocks must be "all" or a tuple of blocks, got {self.train_blocks!r}')
             object.__setattr__(self, "train_blocks", _blocks("train_blocks", self.train_blocks))
-        object.__setattr__(self, "drop_blocks", _blocks("drop_blocks", self.drop_blocks))
         self._check_rates()
         self._check_experts()
         if self.schedule == "cosine" and self.schedule_steps < 1:
             raise ValueError(f"bsr.schedule_steps must be positive with a cosine schedule, got {self.schedule_steps}")
         if self.schedule_steps < 0:
             raise ValueError(f"bsr.schedule_steps must not be negative, got {self.schedule_steps}")
+        if self.restore_before is not None and self.restore_before < 0:
+            raise ValueError(f"bsr.restore_before must not be negative, got {self.restore_before}")
         if self.restore_before is not None and any(block >= self.restore_before for block in self.drop_blocks):
             raise ValueError(
                 f"bsr.restore_before {self.restore_before} must come after the last drop block ({self.drop_blocks[-1]})"
             )
 
     def _check_rates(self) -> None:
-        rates = self.keep_rate if isinstance(self.keep_rate, tuple | list) else (self.keep_rate,)
+        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
         for rate in rates:
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
+            if not 0 < rate <= 1:
                 raise ValueError(f"bsr.keep_rate must lie in (0, 1], got {rate!r}")
-        if isinstance(self.keep_rate, tuple | list):
-            if len(self.keep_rate) != len(self.drop_blocks):
+        blocks = _blocks("drop_blocks", self.drop_blocks)
+        if isinstance(self.keep_rate, tuple):
+            if len(rates) != len(blocks):
                 raise ValueError(
-                    f"bsr.keep_rate has {len(self.keep_rate)} values for {len(self.drop_blocks)} drop blocks; "
+                    f"bsr.keep_rate has {len(rates)} values for {len(blocks)} drop blocks; "
                     f"give one number, or one per drop block"
                 )
-            object.__setattr__(self, "keep_rate", tuple(map(float, self.keep_rate)))
+            # Each rate stays with its block when the blocks are put in order.
+            rate_of = dict(zip(self.drop_blocks, rates, strict=True))
+            object.__setattr__(self, "keep_rate", tuple(float(rate_of[block]) for block in blocks))
+        object.__setattr__(self, "drop_blocks", blocks)
 
     def _check_experts(self) -> None:
         experts = self.train_experts
@@ -127,40 +130,26 @@ class Plan:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Plan:
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """Inverse of :meth:`to_dict`, also after JSON made lists of the tuples.
 
         Raises:
             ValueError: an unknown field (with the nearest known one), or a bad value.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"bsr must hold the fields of a plan, got {data!r}")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in data:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f"unknown field bsr.{name}" + (f"; did you mean {near[0]}?" if near else ""))
-        return cls(**{name: _tuples(value) for name, value in data.items()})
+                raise ValueError(f"unknown field bsr.{name}{did_you_mean(name, known)}")
+        return cls(**{name: tuples(value) for name, value in data.items()})
 
 
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"bsr.{name} must be one of {', '.join(known)}, got {value!r}{hint}")
-
-
-def _blocks(name: str, values: Any) -> tuple[int, ...]:
+def _blocks(name: str, blocks: Any) -> tuple[int, ...]:
     """Distinct non-negative integers, sorted."""
-    try:
-        blocks = tuple(values)
-    except TypeError:
-        raise ValueError(f"bsr.{name} must be a tuple of integers, got {values!r}") from None
     for block in blocks:
-        if isinstance(block, bool) or not isinstance(block, int) or block < 0:
-            raise ValueError(f"bsr.{name} must hold integers from 0, got {block!r}")
+        if block < 0:
+            raise ValueError(f"bsr.{name} must hold integers from 0, got {block}")
     if len(set(blocks)) != len(blocks):
         raise ValueError(f"bsr.{name} names a number twice: {blocks}")
     return tuple(sorted(blocks))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

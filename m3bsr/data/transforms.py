@@ -140,7 +140,9 @@ def resize(sample: Mapping[str, Any], size: tuple[int, int], zoom: float = 1.0) 
         if isinstance(value, tv_tensors.Image):
             resized[key] = F.resize(value, list(size), InterpolationMode.BILINEAR, antialias=True)
         else:
-            resized[key] = F.resize(value, list(size), InterpolationMode.NEAREST_EXACT)
+            # Not F.resize: it takes plain NEAREST for masks in some versions, half a pixel off where the size shrinks.
+            nearest = F.resize_image(value.as_subclass(Tensor), list(size), InterpolationMode.NEAREST_EXACT)
+            resized[key] = nearest.as_subclass(type(value))
         if isinstance(value, Depth) and zoom != 1:
             resized[key] = _zoomed(resized[key], zoom)
     return resized

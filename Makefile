@@ -22,7 +22,7 @@ help:
 	@echo "make test    all quick tests (ARGS=\"-k plan\" picks some)"
 	@echo "make check   format, lint, types, layers"
 	@echo "make format  let ruff mend what it can"
-	@echo "make bench   experts against dense MLPs, cost of the training step of a config"
+	@echo "make bench   experts against dense MLPs, BSR against full fine-tuning"
 
 env: $(STAMP)
 
@@ -51,4 +51,4 @@ format: env
 
 bench: env
 	$(PY) tools/bench_moe.py
-	$(PY) tools/measure_cost.py configs/moe_nyud_tiny.py
+	$(PY) tools/bench.py

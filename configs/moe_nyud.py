@@ -6,7 +6,17 @@ Time:      not measured yet: this repository has no GPU numbers so far (LOG.md s
 Expected:  not measured yet; the published M3ViT-small (2 tasks, all trained) reaches mIoU 45.6, rmse .589
 """
 
-from m3bsr.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, OptimConfig, Plan, RunConfig, TrainConfig
+from m3bsr.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    Plan,
+    RunConfig,
+    TrainConfig,
+)
 
 config = Config(
     data=DataConfig(name="nyud", tasks=("semseg", "depth", "normals", "edge"), image_size=(480, 640), augment="astmt"),

@@ -7,7 +7,17 @@ Expected:  see LOG.md
 Full fine-tuning: add --bsr.train-blocks all --bsr.drop-blocks; heads only: --bsr.train-blocks --bsr.drop-blocks
 """
 
-from m3bsr.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, OptimConfig, Plan, RunConfig, TrainConfig
+from m3bsr.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    Plan,
+    RunConfig,
+    TrainConfig,
+)
 
 config = Config(
     data=DataConfig(name="nyud", tasks=("semseg", "depth"), image_size=(240, 320), augment="astmt"),

@@ -18,14 +18,14 @@ from typing import Any
 
 from m3bsr.build import build_datasets, build_model, build_tasks
 from m3bsr.cli.common import one_line_errors, open_run
+from m3bsr.cli.compare_runs import as_text, compare_rows
 from m3bsr.cli.report import pictures_of
 from m3bsr.cli.train import run as train_run
 from m3bsr.config import Config, load_config, replace
 from m3bsr.data.files import dataset_path
 from m3bsr.engine.evaluate import evaluate
 from m3bsr.engine.loader import eval_loader
-from m3bsr.report import compare_report, comparison_row
-from m3bsr.report.compare import COST_COLUMNS
+from m3bsr.report import compare_report
 
 FULL = {"bsr.train_blocks": "all", "bsr.drop_blocks": (), "bsr.restore_before": None}
 DOMAINS = ("source", "target")
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("datasets/scenes/data"), help="folder of the rooms")
     parser.add_argument("--train", type=int, default=480, help="training pictures a domain")
     parser.add_argument("--val", type=int, default=48, help="validation pictures a domain")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each adaptation")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="shorten: train.max_steps=4 ...")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     began = time.perf_counter()
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result.stopped_by is not None:
             print(f"stopped by {signal.Signals(result.stopped_by).name}; start again with the same command")
             return 128 + result.stopped_by
-    rows = {"not adapted": source_row(configs)} | {name: comparison_row(args.dir / name) for name in ("bsr", "full")}
+    say("comparing: steps timed in turns")
+    rows: dict[str, dict[str, Any]] = {"not adapted": source_row(configs)}
+    rows |= compare_rows({name: args.dir / name for name in ("bsr", "full")}, rounds=args.rounds)
     pictures = {name: pictures_of(*open_run(args.dir / name)[:2], num=3) for name in ("bsr", "full")}
     page = compare_report(
         args.dir / "report.html",
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         collected=pictures,
         note=NOTE,
     )
-    print(as_text(rows))
+    print(as_text(rows, reference="full"))
     print(f"\n{time.perf_counter() - began:.0f} s; every run has a report of its own under {args.dir}/*/report.html")
     print(f"open {page}")
     return 0
@@ -120,21 +123,6 @@ def source_row(configs: Mapping[str, Config]) -> dict[str, Any]:
     loader = eval_loader(val_set, batch_size=config.train.eval_batch_size)
     metrics = evaluate(model, tasks, loader, "cpu", config.train.precision)
     return {f"{name} {task.main_metric}": metrics[name][task.main_metric] for name, task in tasks.items()}
-
-
-def as_text(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table for the terminal: runs as columns, and BSR as a share of full fine-tuning."""
-    titles = {column.key: column.label for column in COST_COLUMNS}
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    names = list(rows)
-    lines = [f"{'':<24}" + "".join(f"{name:>14}" for name in names) + f"{'bsr / full':>14}"]
-    for key in keys:
-        values = [rows[name].get(key) for name in names]
-        cells = "".join(f"{'' if value is None else format(value, '.4g'):>14}" for value in values)
-        bsr, full = rows["bsr"].get(key), rows["full"].get(key)
-        ratio = f"{bsr / full:.2f}" if bsr and full else ""
-        lines.append(f"{titles.get(key, key):<24}{cells}{ratio:>14}")
-    return "\n".join(lines)
 
 
 def say(text: str) -> None:

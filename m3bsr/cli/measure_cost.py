@@ -15,7 +15,7 @@ from m3bsr.cli.common import one_line_errors, pick_device
 from m3bsr.config import Config, parse_cli
 from m3bsr.cost import CostReport
 from m3bsr.engine.rng import seed_everything
-from m3bsr.engine.step_cost import step_cost
+from m3bsr.engine.step_cost import StepJob
 from m3bsr.report.html import number
 from m3bsr.report.run import megabytes
 
@@ -48,11 +48,11 @@ def _take_number(arguments: list[str], option: str, default: int) -> int:
     return int(value)
 
 
-def measure(config: Config, *, model: nn.Module | None = None, repeats: int = 5) -> CostReport:
-    """Measure a step as training would run it: batch, precision, losses, optimizer of the config.
+def step_job(config: Config, model: nn.Module | None = None) -> StepJob:
+    """The training step of a config at its real size, on synthetic images.
 
     Args:
-        model: measured instead of a new one; its weights change.
+        model: used instead of a new one; its weights change when the step runs.
 
     Raises:
         ValueError, FileNotFoundError: as ``build_model`` does.
@@ -60,16 +60,14 @@ def measure(config: Config, *, model: nn.Module | None = None, repeats: int = 5)
     device = pick_device(config.run.device)
     seed_everything(config.run.seed)
     model = (build_model(config) if model is None else model).to(device).train()
-    optimizer = build_optimizer(config, model)
-    tasks = build_tasks(config)
-    batch_size, size = config.train.batch_size, config.data.image_size
+    tasks, batch_size, size = build_tasks(config), config.train.batch_size, config.data.image_size
     batch: dict[str, Tensor] = {"image": torch.randn(batch_size, 3, *size)}
     batch |= {name: task.example_target(batch_size, size) for name, task in tasks.items()}
-    return step_cost(
+    return StepJob(
         model,
         tasks,
         batch,
-        optimizer,
+        build_optimizer(config, model),
         device=device,
         precision=config.train.precision,
         clip_norm=config.train.clip_norm,
@@ -77,8 +75,12 @@ def measure(config: Config, *, model: nn.Module | None = None, repeats: int = 5)
         loss_stride=config.loss.stride,
         balance_weight=config.moe.balance_weight,
         z_weight=config.moe.z_weight,
-        repeats=repeats,
     )
+
+
+def measure(config: Config, *, model: nn.Module | None = None, repeats: int = 5) -> CostReport:
+    """Measure a step as training would run it: batch, precision, losses, optimizer of the config (:func:`step_job`)."""
+    return step_job(config, model).measure(repeats)
 
 
 def as_text(report: CostReport) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,30 +15,55 @@ from m3bsr.engine.precision import autocast
 from m3bsr.tasks.base import Task
 
 
-def step_cost(
-    model: nn.Module,
-    tasks: Mapping[str, Task],
-    batch: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    *,
-    device: torch.device,
-    precision: str = "fp32",
-    clip_norm: float | None = None,
-    loss_weights: Mapping[str, float] | None = None,
-    loss_stride: int = 1,
-    balance_weight: float = 0.0,
-    z_weight: float = 0.0,
-    repeats: int = 3,
-) -> CostReport:
-    """Measure training steps on ``batch``; arguments as in ``engine.train``. The weights of ``model`` change."""
-    weights = {name: (loss_weights or {}).get(name, task.default_weight) for name, task in tasks.items()}
-    inputs = {name: batch[name].to(device) for name in ("image", *tasks)}
+@dataclass(frozen=True)
+class StepJob:
+    """A training step that can be repeated; settings as in ``engine.train``. Running it changes the weights."""
 
-    def loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        with autocast(device, precision):
-            output = model(inputs["image"], tasks=tuple(tasks), size=loss_size(inputs["image"], loss_stride))
-        return task_losses(output, inputs, tasks, weights, balance_weight, z_weight)["loss"]
+    model: nn.Module
+    tasks: Mapping[str, Task]
+    batch: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    precision: str = "fp32"
+    clip_norm: float | None = None
+    loss_weights: Mapping[str, float] | None = None
+    loss_stride: int = 1
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
 
-    model.to(device).train()
-    batch_size = len(inputs["image"])
-    return measure_step(model, inputs, loss, optimizer, batch_size=batch_size, clip_norm=clip_norm, repeats=repeats)
+    def inputs(self) -> dict[str, Tensor]:
+        return {name: self.batch[name].to(self.device) for name in ("image", *self.tasks)}
+
+    def loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        weights = {name: (self.loss_weights or {}).get(name, task.default_weight) for name, task in self.tasks.items()}
+        with autocast(self.device, self.precision):
+            output = model(inputs["image"], tasks=tuple(self.tasks), size=loss_size(inputs["image"], self.loss_stride))
+        return task_losses(output, inputs, self.tasks, weights, self.balance_weight, self.z_weight)["loss"]
+
+    def runner(self) -> Callable[[], None]:
+        """A function that does one step, for timing several jobs in turns."""
+        self.model.to(self.device).train()
+        inputs, trained = self.inputs(), [p for p in self.model.parameters() if p.requires_grad]
+
+        def step() -> None:
+            self.loss(self.model, inputs).backward()
+            if self.clip_norm:
+                nn.utils.clip_grad_norm_(trained, self.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def measure(self, repeats: int = 3) -> CostReport:
+        """All costs of the step."""
+        self.model.to(self.device).train()
+        inputs: Any = self.inputs()
+        return measure_step(
+            self.model,
+            inputs,
+            self.loss,
+            self.optimizer,
+            batch_size=len(inputs["image"]),
+            clip_norm=self.clip_norm,
+            repeats=repeats,
+        )

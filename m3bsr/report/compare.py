@@ -40,6 +40,7 @@ def comparison_row(run_dir: str | Path) -> dict[str, Any]:
 
 COST_COLUMNS = (
     Column("step_ms", "step, ms", "low", 3),
+    Column("step_ratio", "step, share", "low", 3),
     Column("measured_peak_mb", "measured peak, MB", "low", 3),
     Column("saved_mb", "stored a sample, MB", "low", 3),
     Column("trainable_m", "trained, M", "low", 3),

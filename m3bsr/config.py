@@ -8,44 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import re
 import runpy
+import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import tyro
 
 from m3bsr.plan import Plan
+from m3bsr.utils.checks import check_fields, describe, did_you_mean, tuples
 
 
 def _positive(owner: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int | float) or number <= 0):
-                raise ValueError(f"{section}.{name} must be positive, got {value}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(number is not None and number <= 0 for number in numbers):
+            what = "positive" if any(isinstance(number, float) for number in numbers) else "a positive integer"
+            raise ValueError(f"{section}.{name} must be {'positive' if len(numbers) > 1 else what}, got {value}")
 
 
 def _not_negative(owner: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        if value < 0:
             raise ValueError(f"{section}.{name} must not be negative, got {value}")
-
-
-def _one_of(owner: object, section: str, **known: Sequence[str]) -> None:
-    for name, values in known.items():
-        value = getattr(owner, name)
-        if value not in values:
-            near = difflib.get_close_matches(str(value), values, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{section}.{name} must be one of {', '.join(values)}, got {value!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +67,7 @@ class DataConfig:
     """Use only the first so many validation samples."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "data")
         _positive(self, "data", "image_size", "max_train", "max_val")
         _not_negative(self, "data", "num_workers")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
@@ -96,6 +90,7 @@ class ModelConfig:
     """Stochastic depth rate of the last block."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         _positive(self, "model", "head_dim")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path must lie in [0, 1), got {self.drop_path}")
@@ -133,11 +128,14 @@ class MoEConfig:
     """Weight of the router z-loss."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "moe")
         _positive(self, "moe", "num_experts", "top_k", "mlp_ratio")
         _not_negative(self, "moe", "noise_std", "upcycle_noise", "balance_weight", "z_weight")
-        _one_of(self, "moe", gate_mode=("shared", "per_task", "task_conditioned"), upcycle=("copy", "split", "none"))
         if self.top_k > self.num_experts:
             raise ValueError(f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
+        blocks = self.blocks or ()
+        if len(set(blocks)) != len(blocks) or any(block < 0 for block in blocks):
+            raise ValueError(f"moe.blocks must hold integers from 0, each once, got {blocks}")
 
 
 @dataclass(frozen=True)
@@ -150,6 +148,7 @@ class LossConfig:
     """Compute training losses at 1/stride of the resolution (evaluation stays exact)."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "loss")
         _positive(self, "loss", "stride")
         for task, weight in self.weights.items():
             if weight < 0:
@@ -182,10 +181,10 @@ class TrainConfig:
     """Steps between lines in log.jsonl."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "train")
         _positive(self, "train", "epochs", "max_steps", "batch_size", "accumulate", "eval_batch_size", "save_every")
         _positive(self, "train", "log_every")
         _not_negative(self, "train", "clip_norm", "eval_every")
-        _one_of(self, "train", precision=("fp32", "bf16", "fp16"))
 
 
 @dataclass(frozen=True)
@@ -214,9 +213,11 @@ class OptimConfig:
     """Power of the poly schedule."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "optim")
         _positive(self, "optim", "lr", "head_lr_scale", "poly_power")
         _not_negative(self, "optim", "weight_decay", "momentum", "warmup_steps", "min_lr")
-        _one_of(self, "optim", name=("adamw", "sgd"), schedule=("cosine", "poly"))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,8 @@ class RunConfig:
     """Device; auto takes CUDA where there is one."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "run")
         _not_negative(self, "run", "seed")
-        _one_of(self, "run", device=("auto", "cpu", "cuda"))
         if not self.dir:
             raise ValueError("run.dir must not be empty")
 
@@ -254,6 +255,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        for section in dataclasses.fields(self):
+            value, kind = getattr(self, section.name), section.default_factory
+            assert isinstance(kind, type)
+            if not isinstance(value, kind):
+                raise ValueError(f"section {section.name} must be a {kind.__name__}, got {value!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)
@@ -268,8 +276,10 @@ class Config:
         Raises:
             ValueError: an unknown section or field (with the nearest known one), or a bad value.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a config must hold sections, got {data!r}")
         sections = {section.name: section for section in dataclasses.fields(cls)}
-        built = {}
+        built: dict[str, Any] = {}
         for name, values in data.items():
             _known(name, sections, "section")
             make = sections[name].default_factory
@@ -279,19 +289,14 @@ class Config:
             known = {f.name for f in dataclasses.fields(make)}
             for key in values:
                 _known(key, known, f"field {name}.")
-            built[name] = make(**{key: _tuples(value) for key, value in values.items()})
+            built[name] = make(**{key: tuples(value) for key, value in values.items()})
         return cls(**built)
 
 
-def _known(name: str, known: Any, kind: str) -> None:
+def _known(name: str, known: Iterable[str], kind: str) -> None:
+    known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(name, list(known), 1)
-        space = "" if kind.endswith(".") else " "
-        raise ValueError(f"unknown {kind}{space}{name}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        raise ValueError(f"unknown {kind}{'' if kind.endswith('.') else ' '}{name}{did_you_mean(name, known)}")
 
 
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -322,9 +327,8 @@ def load_config(path: str | Path) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise FileNotFoundError(f"no such config file: {path}{hint}")
+        near = did_you_mean(path, map(str, path.parent.glob("*.py")))
+        raise FileNotFoundError(f"no such config file: {path}{near}")
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:  # whatever a user's file may raise
@@ -359,7 +363,13 @@ def parse_cli(argv: Sequence[str], description: str) -> tuple[Config, str]:
     try:
         with contextlib.redirect_stderr(errors):
             arguments = list(argv[1:] if path else argv)
-            config = tyro.cli(Config, prog="TOOL CONFIG", default=default, args=arguments, description=description)
+            config = tyro.cli(
+                Config,
+                prog=f"{Path(sys.argv[0]).name} CONFIG",
+                default=default,
+                args=arguments,
+                description=description,
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -368,10 +378,32 @@ def parse_cli(argv: Sequence[str], description: str) -> tuple[Config, str]:
 
 
 def _one_line(message: str) -> str:
-    """tyro's framed error as one line: what is wrong and, for an unknown option, the nearest ones."""
+    """tyro's framed error as one line: the field, what it takes, what it got, the nearest match."""
     lines = [re.sub(r"^[\s│]+|[\s│]+$", "", line) for line in message.splitlines()]
     text = "\n".join(line for line in lines if line and line[0] not in "╭╰")
     what, *rest = re.split(r"\n?─{5,}\n?", text)
+    what = re.sub(r"\s+", " ", what).strip()
+    if choice := re.match(r"invalid choice '(.*)' for argument '(--[\w.-]+)'\. Expected one of \((.*)\)", what):
+        got, option, known = choice.groups()
+        near = did_you_mean(got, re.findall("'([^']*)'", known))
+        return f"{option} must be one of {known}, got {got!r}{near}"
+    if wrong := re.match(r"Error parsing (--[\w.-]+): ", what):
+        return f"{wrong[1]} must be {_takes(wrong[1])}; {_got(what)}"
+    what = re.sub(r"^Error parsing \w+: (?=\w+\.\w+ )", "", what)  # one of our own checks: it names its field
     near = re.findall(r"^(--[\w.-]+)", "\n".join(part for part in rest if part.startswith("Perhaps")), re.MULTILINE)
-    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
-    return re.sub(r"\s+", " ", what).strip() + hint
+    return what + (f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else "")
+
+
+def _takes(option: str) -> str:
+    """What ``--section.field`` takes, in words."""
+    section, name = option.removeprefix("--").replace("-", "_").split(".")
+    hint = get_type_hints(type(getattr(Config(), section)))[name]
+    if (section, name) == ("loss", "weights"):
+        return "pairs of a task and a number, such as semseg 1 depth 2"
+    return describe(hint)
+
+
+def _got(message: str) -> str:
+    """The end of tyro's message: the arguments that it could not use."""
+    arguments = re.findall(r"instantiated from (\[.*?\])|arguments (\[.*?\])|: ('.*')$", message)
+    return f"got {next(filter(None, arguments[0]))}" if arguments else "some of them are missing or wrong"

@@ -25,7 +25,7 @@ def check_fields(owner: Any, section: str) -> None:
     Raises:
         ValueError: ``section.field must be ..., got ...``, with the nearest match of a Literal.
     """
-    for name, hint in _hints(type(owner)).items():
+    for name, hint in _hints(type(owner)).items():  # type: ignore[arg-type]
         value = tuples(getattr(owner, name))
         object.__setattr__(owner, name, value)
         if not fits(value, hint):

@@ -385,8 +385,8 @@ def _one_line(message: str) -> str:
     what = re.sub(r"\s+", " ", what).strip()
     if choice := re.match(r"invalid choice '(.*)' for argument '(--[\w.-]+)'\. Expected one of \((.*)\)", what):
         got, option, known = choice.groups()
-        near = did_you_mean(got, re.findall("'([^']*)'", known))
-        return f"{option} must be one of {known}, got {got!r}{near}"
+        nearest = did_you_mean(got, re.findall("'([^']*)'", known))
+        return f"{option} must be one of {known}, got {got!r}{nearest}"
     if wrong := re.match(r"Error parsing (--[\w.-]+): ", what):
         return f"{wrong[1]} must be {_takes(wrong[1])}; {_got(what)}"
     what = re.sub(r"^Error parsing \w+: (?=\w+\.\w+ )", "", what)  # one of our own checks: it names its field

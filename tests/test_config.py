@@ -1,0 +1,235 @@
+"""Config files, overrides and their errors: one line that names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from m3bsr.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    Plan,
+    RunConfig,
+    TrainConfig,
+    load_config,
+    parse_cli,
+    replace,
+)
+
+# The names that users' commands rely on.
+OPTIONS = """
+--data.name --data.root --data.tasks --data.image-size --model.backbone --model.weights --model.head --moe.blocks
+--moe.num-experts --moe.top-k --bsr.train-blocks --bsr.train-experts --bsr.drop-blocks --bsr.keep-rate --bsr.fuse
+--bsr.score-source --bsr.restore --train.epochs --train.max-steps --train.batch-size --train.precision --optim.name
+--optim.lr --run.dir --run.seed
+"""
+
+FULL = Config(
+    data=DataConfig(tasks=("depth",), image_size=(32, 48), max_train=4),
+    moe=MoEConfig(blocks=()),
+    bsr=Plan(train_blocks=(3,), train_experts=((1, 2), (0,)), drop_blocks=(3, 6), keep_rate=(0.5, 0.7)),
+    loss=LossConfig(weights={"depth": 2.0}),
+    optim=OptimConfig(betas=(0.8, 0.9)),
+)
+
+BAD = [
+    (TrainConfig, {"batch_size": 0}, "train.batch_size must be a positive integer, got 0"),
+    (TrainConfig, {"batch_size": 2.5}, "train.batch_size must be an integer, got 2.5"),
+    (TrainConfig, {"epochs": True}, "train.epochs must be an integer, got True"),
+    (TrainConfig, {"max_steps": -1}, "train.max_steps must be a positive integer, got -1"),
+    (
+        TrainConfig,
+        {"precision": "bf61"},
+        "train.precision must be one of 'fp32', 'bf16', 'fp16', got 'bf61'; did you mean",
+    ),
+    (OptimConfig, {"lr": math.nan}, "optim.lr must be a finite number, got nan"),
+    (OptimConfig, {"lr": -1.0}, "optim.lr must be positive, got -1.0"),
+    (OptimConfig, {"betas": (0.9, 1.0)}, "optim.betas must lie in [0, 1)"),
+    (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay must not be negative"),
+    (OptimConfig, {"name": "adam"}, "optim.name must be one of 'adamw', 'sgd', got 'adam'; did you mean 'adamw'?"),
+    (DataConfig, {"tasks": "depth"}, "data.tasks must be a tuple of strings, got 'depth'"),
+    (DataConfig, {"tasks": ()}, "data.tasks must name at least one task"),
+    (DataConfig, {"tasks": ("depth", "depth")}, "each once"),
+    (DataConfig, {"image_size": (480,)}, "data.image_size must be a tuple of 2 integers"),
+    (DataConfig, {"image_size": (0, 32)}, "data.image_size must be positive, got (0, 32)"),
+    (DataConfig, {"num_workers": -1}, "data.num_workers must not be negative"),
+    (ModelConfig, {"drop_path": 1.0}, "model.drop_path must lie in [0, 1)"),
+    (ModelConfig, {"backbone": None}, "model.backbone must be a string, got None"),
+    (MoEConfig, {"top_k": 5, "num_experts": 4}, "moe.top_k 5 is more than moe.num_experts 4"),
+    (MoEConfig, {"blocks": (3, 3)}, "moe.blocks must hold integers from 0, each once"),
+    (MoEConfig, {"blocks": (-1,)}, "moe.blocks must hold integers from 0, each once"),
+    (LossConfig, {"weights": {"depth": -1}}, "loss.weights of depth must not be negative"),
+    (LossConfig, {"weights": {"depth": "1"}}, "loss.weights must be a dict from strings to finite numbers"),
+    (LossConfig, {"weights": [1]}, "loss.weights must be a dict from strings to finite numbers"),
+    (RunConfig, {"resume": "no"}, "run.resume must be True or False, got 'no'"),
+    (RunConfig, {"seed": -1}, "run.seed must not be negative"),
+    (RunConfig, {"dir": ""}, "run.dir must not be empty"),
+    (Config, {"bsr": {"keep_rate": 0.5}}, "section bsr must be a Plan"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "message"), BAD, ids=[f"{k.__name__}-{f}" for k, f, _ in BAD])
+def test_bad_values_name_the_field(kind, fields, message):
+    with pytest.raises(ValueError) as caught:
+        kind(**fields)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [Config(), FULL])
+def test_json_round_trip_is_exact(config):
+    back = Config.from_dict(json.loads(config.to_json()))
+    assert back == config and Config.from_dict(config.to_dict()) == config
+    assert isinstance(back.data.tasks, tuple) and isinstance(back.bsr.keep_rate, type(config.bsr.keep_rate))
+
+
+def test_lists_in_a_config_file_become_tuples():
+    assert DataConfig(tasks=["depth"], image_size=[32, 48]) == DataConfig(tasks=("depth",), image_size=(32, 48))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"bsr": {"keep_rte": 0.5}}, "unknown field bsr.keep_rte; did you mean 'keep_rate'?"),
+        ({"bs": {}}, "unknown section bs; did you mean 'bsr'?"),
+        ({"bsr": 3}, "section bsr must hold fields, got 3"),
+        ([1], "a config must hold sections"),
+        ({"train": {"batch_size": 0}}, "train.batch_size must be a positive integer"),
+    ],
+)
+def test_a_wrong_dict_says_where(data, message):
+    with pytest.raises(ValueError) as caught:
+        Config.from_dict(data)
+    assert message in str(caught.value)
+
+
+def test_replace_changes_only_what_it_names():
+    changed = replace(FULL, {"bsr.keep_rate": 1.0, "optim.lr": 1, "run": RunConfig(seed=3)})
+    assert (changed.bsr.keep_rate, changed.optim.lr, changed.run.seed) == (1.0, 1, 3)
+    assert replace(changed, {"bsr": FULL.bsr, "optim": FULL.optim, "run": FULL.run}) == FULL
+    assert replace(FULL, {}) == FULL
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_replace_of_a_section_and_of_its_field_does_not_depend_on_their_order(order):
+    changes = [("bsr", Plan(drop_blocks=(3,), keep_rate=0.3)), ("bsr.fuse", "mean")]
+    assert replace(Config(), dict(changes[::order])).bsr == Plan(drop_blocks=(3,), keep_rate=0.3, fuse="mean")
+
+
+@pytest.mark.parametrize("name", ["bsr.keep_rte", "bsr.keep_rate.x", "bs.keep_rate", "keep_rate"])
+def test_replace_refuses_unknown_names(name):
+    with pytest.raises(ValueError, match="unknown (field|section)"):
+        replace(Config(), {name: 1})
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "job.py").write_text("from m3bsr.config import Config, Plan\n" + text)
+        return str(tmp_path / "job.py")
+
+    return write
+
+
+def test_a_config_file_is_run(file):
+    assert load_config(file("config = Config(bsr=Plan(keep_rate=0.25))")).bsr.keep_rate == 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", "must define `config = Config(...)`, found NoneType"),
+        ("config = 3", "found int"),
+        ("\nconfig = Config(bsr=Plan(keep_rate=-1))", "job.py, line 3: ValueError: bsr.keep_rate must lie in (0, 1]"),
+        ("config = Config(bsr=Plan(keep_rte=1))", "job.py, line 2: TypeError"),
+        ("import no_such_module", "job.py, line 2: ModuleNotFoundError"),
+        ("config = (", "job.py, line 2: SyntaxError"),
+    ],
+)
+def test_a_faulty_config_file_is_named_with_the_line(file, text, message):
+    with pytest.raises(ValueError) as caught:
+        load_config(file(text))
+    assert message in str(caught.value)
+
+
+def test_a_missing_config_file_names_a_near_one(file, tmp_path):
+    file("config = Config()")
+    with pytest.raises(FileNotFoundError, match="no such config file: .*jobb.py; did you mean '.*job.py'"):
+        load_config(tmp_path / "jobb.py")
+
+
+def cli(path: str, line: str) -> Config:
+    return parse_cli([path, *line.split()], "Test.")[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "changes"),
+    [
+        ("", {}),
+        ("--bsr.keep-rate 0.7", {"bsr.keep_rate": 0.7}),
+        ("--bsr.keep_rate=0.7", {"bsr.keep_rate": 0.7}),
+        ("--bsr.drop-blocks 3 6 --bsr.keep-rate 0.5 0.7", {"bsr.drop_blocks": (3, 6), "bsr.keep_rate": (0.5, 0.7)}),
+        ("--bsr.train-blocks 3 7 11", {"bsr.train_blocks": (3, 7, 11)}),
+        ("--bsr.train-blocks all", {"bsr.train_blocks": "all"}),
+        ("--bsr.train-blocks", {"bsr.train_blocks": ()}),
+        ("--bsr.train-experts top:2", {"bsr.train_experts": "top:2"}),
+        ("--moe.blocks", {"moe.blocks": ()}),
+        ("--moe.blocks None", {"moe.blocks": None}),
+        ("--data.image-size 240 320 --data.tasks depth", {"data.image_size": (240, 320), "data.tasks": ("depth",)}),
+        ("--loss.weights semseg 1 depth 2", {"loss.weights": {"semseg": 1.0, "depth": 2.0}}),
+        ("--run.resume --train.max-steps 5", {"run.resume": True, "train.max_steps": 5}),
+    ],
+)
+def test_the_command_line_overrides_fields(file, line, changes):
+    path = file("config = Config(bsr=Plan(fuse='mean'))")
+    assert cli(path, line) == replace(load_config(path), changes)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--bsr.keep-rte 0.5", "--bsr.keep-rte, 0.5; did you mean --bsr.keep-rate?"),
+        ("--bsr.keep-rate -0.5", "bsr.keep_rate must lie in (0, 1], got -0.5"),
+        ("--train.batch-size 0", "train.batch_size must be a positive integer, got 0"),
+        ("--train.batch-size x", "--train.batch-size must be an integer; got 'x'"),
+        (
+            "--train.precision bf61",
+            "--train.precision must be one of 'fp32', 'bf16', 'fp16', got 'bf61'; did you mean 'bf16'",
+        ),
+        ("--bsr.train-blocks a", "--bsr.train-blocks must be 'all' or a tuple of integers; got ['a']"),
+        ("--loss.weights semseg", "--loss.weights must be pairs of a task and a number"),
+        ("--data.image-size 240", "--data.image-size"),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_the_field(file, line, message):
+    with pytest.raises(ValueError) as caught:
+        cli(file("config = Config()"), line)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_config_file():
+    with pytest.raises(ValueError, match="the first argument must be a config file"):
+        parse_cli(["--bsr.keep-rate", "0.5"], "Test.")
+
+
+def test_help_shows_every_field_without_a_config_file_and_the_values_of_one(file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(["--help"], "Train a thing.")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "Train a thing." in text
+    every = {
+        f"--{section.name}.{field.name}".replace("_", "-")
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(section.default_factory)
+    }
+    assert set(OPTIONS.split()) <= every
+    assert {option for option in every if option not in text} == set()
+    with pytest.raises(SystemExit):
+        parse_cli([file("config = Config(bsr=Plan(keep_rate=0.375))"), "--help"], "Train a thing.")
+    assert "0.375" in capsys.readouterr().out

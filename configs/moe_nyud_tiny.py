@@ -1,6 +1,7 @@
 """M3ViT-tiny on NYUD, semantic segmentation and depth at 240x320, from DeiT-tiny, adapted by BSR.
 
-Command:   tools/train.py configs/moe_nyud_tiny.py --data.root DATA/NYUD_MT --model.weights deit_tiny_patch16_224.safetensors
+Command:   tools/train.py configs/moe_nyud_tiny.py --data.root DATA/NYUD_MT
+           --model.weights deit_tiny_patch16_224.safetensors
 Hardware:  2 CPU cores, 3 GB of memory
 Time:      see LOG.md
 Expected:  see LOG.md

@@ -1,6 +1,7 @@
 """A small M3ViT from scratch on ray-cast rooms (source domain), four tasks: the start of the demo.
 
-Command:   tools/train.py configs/scenes_source.py (after `make demo` has drawn the rooms; see datasets/scenes/README.md)
+Command:   tools/train.py configs/scenes_source.py (after `make demo` has drawn the rooms; see
+           datasets/scenes/README.md)
 Hardware:  2 CPU cores, 2 GB of memory
 Time:      see README.md
 Expected:  see README.md

@@ -22,7 +22,7 @@ from m3bsr.utils.log import show_log
 USER_ERROR, BAD_NUMBERS, INTERRUPTED = 2, 3, 130
 
 
-def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Turn what a user can mend into a line on stderr and an exit code: 2, or 3 for NaN and infinity.
 
     With ``M3BSR_DEBUG=1`` in the environment the traceback is shown.

@@ -53,7 +53,7 @@ def build_backbone(config: Config) -> TaskViTMixin:
         ValueError: an unknown backbone, gate or backend, blocks out of range.
     """
     name, moe = config.model.backbone, config.moe
-    common = {"img_size": config.data.image_size}
+    common: dict[str, Any] = {"img_size": config.data.image_size}
     experts: dict[str, Any] = {
         "num_experts": moe.num_experts,
         "top_k": moe.top_k,
@@ -64,7 +64,7 @@ def build_backbone(config: Config) -> TaskViTMixin:
         "backend": moe.backend,
     }
     if name in DENSE_NAMES:
-        backbone = timm.create_model(
+        backbone: Any = timm.create_model(
             name,
             tasks=config.data.tasks,
             moe_blocks=moe.blocks,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from m3bsr.bsr import DropStage, ReprogrammedMixin, TokenState, restore
@@ -42,6 +43,10 @@ class TaskViTMixin(ReprogrammedMixin):
     @property
     def moe_blocks(self) -> tuple[int, ...]:
         return tuple(i for i, block in enumerate(self.blocks) if isinstance(block.mlp, MoEMlp))
+
+    def _gates_train(self, block: int) -> bool:
+        mlp = self.blocks[block].mlp
+        return isinstance(mlp, MoEMlp) and any(p.requires_grad for p in mlp.gates.parameters())
 
     def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:  # type: ignore[override]
         """Features ``[B, P + h*w, D]`` of each task asked for (default: all), before any final norm."""
@@ -81,7 +86,7 @@ class TaskViTMixin(ReprogrammedMixin):
         per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
         restored = restore(state, self.plan.restore, grid, getattr(self, "bsr_adapters", None)).x_BND
         features = restored.chunk(len(streams)) if len(streams) > 1 else [restored] * len(tasks)
-        learning = [r for i, r in routing.items() if _trains(self.blocks[i].mlp.gates)]
+        learning = [r for i, r in routing.items() if self._gates_train(i)]
         zero = restored.new_zeros(())
         return BackboneOutput(
             features=dict(zip(tasks, features, strict=True)),
@@ -93,17 +98,13 @@ class TaskViTMixin(ReprogrammedMixin):
         )
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
 def _split(state: TokenState, times: int) -> list[TokenState]:
     """Undo ``TokenState.repeat``: one state per task."""
     return [state.map(lambda t, i=i: t.chunk(times)[i]) for i in range(times)]
 
 
 def add_moe(
-    vit: nn.Module,
+    vit: VisionTransformer,
     *,
     blocks: Sequence[int],
     tasks: Sequence[str],
@@ -121,15 +122,15 @@ def add_moe(
     Raises:
         ValueError: a block out of range.
     """
-    depth = len(vit.blocks)  # type: ignore[arg-type]
+    depth = len(vit.blocks)
     wrong = [i for i in blocks if not 0 <= i < depth]
     if wrong:
         raise ValueError(f"moe.blocks {wrong} out of range: the backbone has blocks 0 to {depth - 1}")
     reference = next(vit.parameters())
     for i in blocks:
-        vit.blocks[i].mlp = MoEMlp(  # type: ignore[index,union-attr]
-            vit.embed_dim,  # type: ignore[arg-type]
-            round(vit.embed_dim * mlp_ratio),  # type: ignore[operator]
+        vit.blocks[i].mlp = MoEMlp(
+            vit.embed_dim,
+            round(vit.embed_dim * mlp_ratio),
             num_experts,
             top_k,
             gate=gate,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -110,14 +111,15 @@ def _read_npz(path: Path, backbone: TaskViTMixin) -> dict[str, Tensor]:
     """ImageNet-21k weights in JAX layout: timm reads them into a dense twin of the backbone."""
     if not path.is_file():
         raise FileNotFoundError(f"model.weights: no such file: {path}")
-    attention, patch = backbone.blocks[0].attn, backbone.patch_embed
-    dense = [b.mlp.fc1.out_features for b in backbone.blocks if not isinstance(b.mlp, MoEMlp)]
+    patch = backbone.patch_embed
+    mlps: list[Any] = [block.mlp for block in backbone.blocks]
+    dense = [mlp.fc1.out_features for mlp in mlps if not isinstance(mlp, MoEMlp)]
     twin = VisionTransformer(
         img_size=patch.img_size,
         patch_size=patch.patch_size,
         embed_dim=backbone.embed_dim,
         depth=len(backbone.blocks),
-        num_heads=attention.num_heads,
+        num_heads=_num_heads(backbone),
         mlp_ratio=dense[0] / backbone.embed_dim if dense else 4.0,
         num_classes=0,
     )
@@ -128,8 +130,13 @@ def _read_npz(path: Path, backbone: TaskViTMixin) -> dict[str, Tensor]:
     return twin.state_dict()
 
 
+def _num_heads(backbone: TaskViTMixin) -> int:
+    attention: Any = backbone.blocks[0].attn
+    return attention.num_heads
+
+
 def _check_num_heads(backbone: TaskViTMixin, name: str, num_heads: int | None) -> None:
-    has = backbone.blocks[0].attn.num_heads
+    has = _num_heads(backbone)
     expected = num_heads or USUAL_NUM_HEADS.get(backbone.embed_dim, has)
     if has != expected:
         raise ValueError(
@@ -158,7 +165,7 @@ def _upcycle(state: dict[str, Tensor], backbone: TaskViTMixin, method: str, nois
     """Replace dense MLP tensors by stacked experts in ``state`` where the backbone has a mixture."""
     upcycled = []
     for i in backbone.moe_blocks:
-        mlp = backbone.blocks[i].mlp
+        mlp: Any = backbone.blocks[i].mlp
         dense = {n: state.pop(f"blocks.{i}.mlp.{n}") for n in _DENSE_MLP if f"blocks.{i}.mlp.{n}" in state}
         if len(dense) < len(_DENSE_MLP) or method == "none":
             continue

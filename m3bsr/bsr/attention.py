@@ -73,10 +73,11 @@ def attend(attn: Attention, x_BND: Tensor, *, score: ScoreKind, num_prefix: int,
     else:
         out_BHNd = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     out_BND = out_BHNd.transpose(1, 2).reshape(B, N, attn.num_heads * attn.head_dim)
-    if isinstance(getattr(attn, "norm", None), nn.Module):
-        out_BND = attn.norm(out_BND)
-    if isinstance(getattr(attn, "gate", None), nn.Module):
-        out_BND = out_BND * attn.gate(x_BND).sigmoid()
+    for_output, gate = (getattr(attn, name, None) for name in ("norm", "gate"))  # older timm has neither
+    if for_output is not None:
+        out_BND = for_output(out_BND)
+    if gate is not None:
+        out_BND = out_BND * gate(x_BND).sigmoid()
     out_BND = attn.proj_drop(attn.proj(out_BND))
     return Attended(
         out_BND,

@@ -10,7 +10,6 @@ Source: BSR, arXiv 2405.10951; EViT, ICLR 2022 (fused token, keep-rate schedule)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ class ReprogrammedMixin(VisionTransformer):
         x_BND, grid = self.embed(images)
         rates = {b: self.plan.keep_rate_at(b, self.step if self.training else None) for b in self.plan.drop_blocks}
         state = run_blocks(
-            self.blocks,
+            list(self.blocks),
             start(x_BND, self.num_prefix_tokens),
             self.plan,
             self.roles,
@@ -130,15 +129,20 @@ class ReprogrammedMixin(VisionTransformer):
         return Report(type(self).__name__, count_parameters(self.parameters()), self.tokens_after_block, self.plan)
 
 
-@cache
+_RECAST_CLASSES: dict[tuple[type, type], type] = {}
+
+
 def _recast_class(base: type[VisionTransformer], mixin: type[ReprogrammedMixin]) -> type[ReprogrammedMixin]:
     """The subclass of ``base`` with the mixin in front, made once per pair."""
 
     def reduce(self):  # a class made at run time cannot be found by name: pickle the recipe instead
         return _empty_instance, (base, mixin), self.__dict__
 
-    name = mixin.__name__.removesuffix("Mixin") + base.__name__
-    return type(name, (mixin, base), {"__reduce__": reduce, "__module__": __name__})
+    if (base, mixin) not in _RECAST_CLASSES:
+        name = mixin.__name__.removesuffix("Mixin") + base.__name__
+        fields = {"__reduce__": reduce, "__module__": __name__}
+        _RECAST_CLASSES[base, mixin] = type(name, (mixin, base), fields)
+    return _RECAST_CLASSES[base, mixin]
 
 
 def _empty_instance(base: type[VisionTransformer], mixin: type[ReprogrammedMixin]) -> ReprogrammedMixin:

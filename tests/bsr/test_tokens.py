@@ -46,7 +46,7 @@ def test_kept_tokens_stay_in_image_order_and_prefix_is_never_dropped(num_patches
     kept = after.x_BND[:, 2 : 2 + K, 0]
     assert (kept.diff(dim=1) > 0).all()
     assert torch.equal(kept.long(), after.patch_BM[:, :K])
-    if K == num_patches:
+    if num_patches == K:
         assert after is state
 
 

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3bsr import Plan
 from m3bsr.bsr import patches_kept
-from m3bsr.config import Config, DataConfig, ModelConfig, MoEConfig, replace
 from m3bsr.build import build_model, build_optimizer, build_tasks
+from m3bsr.config import Config, DataConfig, ModelConfig, MoEConfig, replace
 from m3bsr.models import MultiTaskModel, load_model_weights
 
 TASKS = ("semseg", "depth", "normals")
@@ -20,7 +20,10 @@ TINY = Config(
 )
 
 
-def make(plan: Plan = Plan(), **changes) -> MultiTaskModel:
+ALL = Plan()
+
+
+def make(plan: Plan = ALL, **changes) -> MultiTaskModel:
     torch.manual_seed(0)
     return build_model(replace(TINY, {"bsr": plan, **changes}))
 

@@ -19,7 +19,7 @@ config = replace(
         "data.root": "datasets/scenes/data/target",
         "model.weights": "runs/demo/source/checkpoints/last/model.safetensors",
         "bsr": Plan(train_blocks=(7, 9, 11), drop_blocks=(8,), keep_rate=0.7, restore="transfer", restore_before=11),
-        "train.epochs": 3,
+        "train.epochs": 2,
         "optim.lr": 3e-4,
         "optim.warmup_steps": 10,
         "run.dir": "runs/demo/bsr",

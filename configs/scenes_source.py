@@ -21,7 +21,7 @@ config = Config(
     model=ModelConfig(backbone="m3vit_tiny_patch16", head="light", head_dim=64),
     moe=MoEConfig(blocks=(9, 11), num_experts=8, top_k=2, mlp_ratio=2.0, gate="vmoe", gate_mode="per_task"),
     loss=LossConfig(stride=2, weights={"semseg": 1.0, "depth": 1.0, "normals": 2.0, "edge": 5.0}),
-    train=TrainConfig(epochs=6, batch_size=8, eval_every=0, eval_batch_size=20),
+    train=TrainConfig(epochs=5, batch_size=8, eval_every=0, eval_batch_size=20),
     optim=OptimConfig(name="adamw", lr=7e-4, weight_decay=0.05, warmup_steps=30),
     run=RunConfig(dir="runs/demo/source"),
 )

@@ -14,12 +14,14 @@ Fuse = Literal["sum", "mean", "none"]
 ScoreSource = Literal["frozen", "own"]
 Schedule = Literal["constant", "cosine"]
 Restore = Literal["bypass", "adapt", "interpolate", "transfer"]
-Recompute = Literal["none", "frozen"]
+Recompute = Literal["none", "cheap", "frozen", "both"]
+ActivationDtype = Literal["same", "bf16", "int8"]
 FUSE: tuple[str, ...] = get_args(Fuse)
 SCORE_SOURCE: tuple[str, ...] = get_args(ScoreSource)
 SCHEDULE: tuple[str, ...] = get_args(Schedule)
 RESTORE: tuple[str, ...] = get_args(Restore)
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
+ACTIVATION_DTYPE: tuple[str, ...] = get_args(ActivationDtype)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ class Plan:
     restore_before: int | None = None
     """Block before which the whole grid is restored, so that the blocks behind it mend it."""
     recompute: Recompute = "none"
-    """Recompute frozen blocks in the backward pass instead of storing their activations."""
+    """Computed again in the backward pass instead of stored: "cheap": the MLP's hidden layer in frozen blocks, the
+    outputs of LayerNorm and GELU in trained ones; "frozen": frozen blocks as a whole; "both"."""
+    activation_dtype: ActivationDtype = "same"
+    """In what autograd stores the large activations of the blocks: as computed, bfloat16, or 8 bits (groups of 64)."""
+    prune_rate: float = 0.0
+    """Share in [0, 1) of the inputs of Linears and LayerNorms that is not stored, smallest first (BackRazor)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "bsr")
@@ -63,6 +70,8 @@ class Plan:
             raise ValueError(f"bsr.schedule_steps must be positive with a cosine schedule, got {self.schedule_steps}")
         if self.schedule_steps < 0:
             raise ValueError(f"bsr.schedule_steps must not be negative, got {self.schedule_steps}")
+        if not 0 <= self.prune_rate < 1:
+            raise ValueError(f"bsr.prune_rate must lie in [0, 1), got {self.prune_rate!r}")
         if self.restore_before is not None and self.restore_before < 0:
             raise ValueError(f"bsr.restore_before must not be negative, got {self.restore_before}")
         if self.restore_before is not None and any(block >= self.restore_before for block in self.drop_blocks):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3bsr.plan import FUSE, RECOMPUTE, RESTORE, SCORE_SOURCE, Plan
+from m3bsr.plan import ACTIVATION_DTYPE, FUSE, RECOMPUTE, RESTORE, SCORE_SOURCE, Plan
 
 BAD = [
     ({"keep_rate": -0.5}, "bsr.keep_rate must lie in (0, 1], got -0.5"),
@@ -34,6 +34,8 @@ BAD = [
     ({"schedule": "cosin"}, "did you mean 'cosine'?"),
     ({"restore": "transfr"}, "did you mean 'transfer'?"),
     ({"recompute": "frosen"}, "did you mean 'frozen'?"),
+    ({"activation_dtype": "int4"}, "bsr.activation_dtype must be one of 'same', 'bf16', 'int8', got 'int4'"),
+    ({"prune_rate": 1.0}, "bsr.prune_rate must lie in [0, 1), got 1.0"),
     ({"schedule": "cosine"}, "bsr.schedule_steps must be positive with a cosine schedule, got 0"),
     ({"schedule_steps": -1}, "bsr.schedule_steps must not be negative, got -1"),
     ({"schedule_steps": 2.5}, "bsr.schedule_steps must be an integer, got 2.5"),
@@ -112,6 +114,8 @@ def plans(draw):
         restore=draw(st.sampled_from(RESTORE)),
         restore_before=draw(st.sampled_from([None, 31])),
         recompute=draw(st.sampled_from(RECOMPUTE)),
+        activation_dtype=draw(st.sampled_from(ACTIVATION_DTYPE)),
+        prune_rate=draw(st.floats(0, 1, exclude_max=True)),
         schedule_steps=draw(st.integers(0, 9)),
     )
 

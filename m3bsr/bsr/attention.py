@@ -49,7 +49,15 @@ def check_attention(attn: nn.Module, block: int) -> Attention:
     return attn
 
 
-def attend(attn: Attention, x_BND: Tensor, *, score: ScoreKind, num_prefix: int, want_keys: bool) -> Attended:
+def attend(
+    attn: Attention,
+    x_BND: Tensor | None,
+    *,
+    score: ScoreKind,
+    num_prefix: int,
+    want_keys: bool,
+    qkv_BNC: Tensor | None = None,
+) -> Attended:
     """Run timm's ``Attention`` on ``x_BND`` and, on demand, score its tokens.
 
     Args:
@@ -59,15 +67,18 @@ def attend(attn: Attention, x_BND: Tensor, *, score: ScoreKind, num_prefix: int,
             ``"received"``: the mean attention that a token receives, for models without a class token.
         num_prefix: number P of prefix tokens, which get no score.
         want_keys: also return the keys, averaged over heads ``[B, M, d]`` (for matching tokens by similarity).
+        qkv_BNC: ``attn.qkv(x_BND)`` where it is known already; ``x_BND`` is then read by gated attention only.
 
     Returns:
         Output ``[B, N, D]``; scores ``[B, M]`` as the softmax over all N gives them (they sum to at most 1).
     """
-    B, N, _ = x_BND.shape
-    q, k, v = attn.qkv(x_BND).reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    if qkv_BNC is None:
+        qkv_BNC = attn.qkv(x_BND)
+    B, N, _ = qkv_BNC.shape
+    q, k, v = qkv_BNC.reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    if use_explicit_attention(x_BND.device, q.dtype, N, torch.is_grad_enabled() and q.requires_grad):
+    if use_explicit_attention(q.device, q.dtype, N, torch.is_grad_enabled() and q.requires_grad):
         weights_BHNN = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
         out_BHNd = F.dropout(weights_BHNN, dropout) @ v
     else:

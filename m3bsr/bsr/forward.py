@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from m3bsr.bsr.attention import Attended, attend, check_attention
 from m3bsr.bsr.restore import restore
+from m3bsr.bsr.storage import Packer, Run, Storage, call, choose_storage, lean_mlp, lean_qkv
 from m3bsr.bsr.tokens import TokenState, drop
 from m3bsr.plan import Plan
 
@@ -96,6 +98,7 @@ def run_blocks(
         run_mlp: called for the MLP of each block, so that a MoE layer can be told its tasks.
         fork: called right before each MLP; may multiply the batch (one copy per task).
     """
+    packer = Packer.of(plan)
     for i, block in enumerate(blocks):
         if i == plan.restore_before:
             state = restore(state, plan.restore, grid, adapters)
@@ -104,12 +107,14 @@ def run_blocks(
                 raise ValueError(f"block {i} is a {type(block).__name__}; only timm's Block can drop or score tokens")
             state = replace(state, x_BND=block(state.x_BND))
             continue
-        frozen_with_graph = i > roles.first_trained and not roles.trained[i] and torch.is_grad_enabled()
-        run = _recompute if plan.recompute == "frozen" and frozen_with_graph else _call
+        with_graph = i >= roles.first_trained and torch.is_grad_enabled()
+        store = choose_storage(plan, packer, block, roles.trained[i]) if with_graph else Storage()
         needs_keys = restorable and plan.restore == "transfer" and i in roles.score_of
         kind = "none" if not roles.scores(i) else ("class_row" if has_class_token else "received")
 
-        attended: Attended = run(_attention_half, block, i, state.x_BND, kind, state.num_prefix, needs_keys)
+        attended: Attended = store.attention(
+            _attention_half, block, i, state.x_BND, kind, state.num_prefix, needs_keys, store.stretch
+        )
         state = replace(state, x_BND=attended.x_BND)
         scores, keys = (_ordinary(t, state) for t in (attended.scores_BM, attended.keys_BMd))
         if scores is not None and plan.score_source == "frozen":
@@ -118,35 +123,35 @@ def run_blocks(
         if i in roles.score_of:
             used = state.scores_BM if plan.score_source == "frozen" else scores
             assert used is not None
-            state = drop(
-                state, used, block=i, keep_rate=keep_rates[i], fuse=plan.fuse, restorable=restorable, keys_BMd=keys
-            )
+            dropping = partial(drop, keep_rate=keep_rates[i], fuse=plan.fuse, restorable=restorable, keys_BMd=keys)
+            state = store.drop(_drop, block, i, state.x_BND, partial(dropping, state, used))
         state = fork(i, state)
-        state = replace(state, x_BND=run(_mlp_half, block, i, state.x_BND, run_mlp))
+        state = replace(state, x_BND=store.mlp(_mlp_half, block, i, state.x_BND, run_mlp, store.stretch))
     return state
 
 
-def _attention_half(block: Block, index: int, x_BND: Tensor, kind, num_prefix: int, want_keys: bool) -> Attended:
-    normed = block.norm1(x_BND)
+def _attention_half(
+    block: Block, index: int, x_BND: Tensor, kind, num_prefix: int, want_keys: bool, stretch: Run
+) -> Attended:
     if kind == "none" and not want_keys and not hasattr(block.attn, "head_dim"):
-        return Attended(x_BND + block.drop_path1(block.ls1(block.attn(normed))), None, None)
+        return Attended(x_BND + block.drop_path1(block.ls1(block.attn(block.norm1(x_BND)))), None, None)
     attn = check_attention(block.attn, index)
-    attended = attend(attn, normed, score=kind, num_prefix=num_prefix, want_keys=want_keys)
+    lean = stretch is not call and getattr(attn, "gate", None) is None  # a gate reads the normalised tokens again
+    normed, qkv = (None, lean_qkv(block, x_BND, stretch)) if lean else (block.norm1(x_BND), None)
+    attended = attend(attn, normed, qkv_BNC=qkv, score=kind, num_prefix=num_prefix, want_keys=want_keys)
     return attended._replace(x_BND=x_BND + block.drop_path1(block.ls1(attended.x_BND)))
 
 
-def _mlp_half(block: Block, index: int, x_BND: Tensor, run_mlp: RunMLP) -> Tensor:
-    return x_BND + block.drop_path2(block.ls2(run_mlp(index, block.mlp, block.norm2(x_BND))))
+def _drop(block: Block, index: int, x_BND: Tensor, dropping: Callable[..., TokenState]) -> TokenState:
+    return dropping(block=index)
+
+
+def _mlp_half(block: Block, index: int, x_BND: Tensor, run_mlp: RunMLP, stretch: Run) -> Tensor:
+    lean = stretch is not call and type(block.mlp) is Mlp
+    y_BND = lean_mlp(block, x_BND, stretch) if lean else run_mlp(index, block.mlp, block.norm2(x_BND))
+    return x_BND + block.drop_path2(block.ls2(y_BND))
 
 
 def _ordinary(per_token: Tensor | None, state: TokenState) -> Tensor | None:
     """Cut the protected tokens off: nobody may drop them."""
     return None if per_token is None else per_token[:, : state.num_ordinary]
-
-
-def _call(fn, *args):
-    return fn(*args)
-
-
-def _recompute(fn, *args):
-    return checkpoint(fn, *args, use_reentrant=False)

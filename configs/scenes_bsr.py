@@ -2,8 +2,8 @@
 
 Command:   tools/train.py configs/scenes_bsr.py (after `make demo` has drawn the rooms and trained the source model)
 Hardware:  2 CPU cores, 2 GB of memory
-Time:      see README.md
-Expected:  see README.md
+Time:      about 1 minute (two thirds of full fine-tuning)
+Expected:  see the table of `make demo` in README.md
 Full fine-tuning beside it: add --bsr.train-blocks all --bsr.drop-blocks --run.dir runs/demo/full
 """
 

@@ -3,8 +3,8 @@
 Command:   tools/train.py configs/scenes_source.py (after `make demo` has drawn the rooms; see
            datasets/scenes/README.md)
 Hardware:  2 CPU cores, 2 GB of memory
-Time:      see README.md
-Expected:  see README.md
+Time:      about 3 minutes
+Expected:  after 300 steps a start for the adaptation, not more: mIoU about .35, depth rmse about .8 m on its own domain
 """
 
 from m3bsr.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig, TrainConfig

@@ -98,6 +98,7 @@ def prepare(
     Raises:
         FileNotFoundError, ValueError: a file missing, damaged, or other than expected; ``out`` holds something else.
     """
+    out = out.resolve()  # a link to another disk stays a link
     classes = class_mapping or labels40
     assert classes is not None and (class_mapping is None) != (labels40 is None)
     for path in (mat, splits, classes):
@@ -133,9 +134,7 @@ def prepare(
         for _ in tqdm(done, total=len(frames), unit="frame", desc="converting", disable=quiet):
             pass
         _finish(temporary, indices, manifest)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        _put_in_place(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -152,6 +151,21 @@ def _convert_all(root: str, source: Source, frames: list[Frame], workers: int) -
         return
     with ProcessPoolExecutor(workers) as pool:
         yield from pool.map(work, frames, chunksize=4)
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    """Rename; what lies there goes only when the new set is in its place."""
+    old = temporary.with_name(f"{temporary.stem}.old.tmp")
+    if out.exists():
+        out.rename(old)
+    try:
+        temporary.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def _finish(root: Path, indices: dict[str, list[int]], manifest: dict[str, Any]) -> None:

@@ -51,12 +51,15 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_labels(path: Path, table: np.ndarray) -> Tensor:
-    """A label image (palette or grey, 8 or 16 bit) as uint8 ``[1, H, W]``, each value ``v`` replaced by ``table[v]``.
+    """A label image (palette or grey, 1, 8 or 16 bit) as uint8 ``[1, H, W]``, each value ``v`` made ``table[v]``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_image`, and a value beyond the table or where it holds -1.
     """
     raw = _pixels(path, None)
+    if raw.dtype.kind not in "bui":
+        raise ValueError(f"{path}: labels must be whole numbers, found {raw.dtype}")
+    raw = raw.astype(np.uint8) if raw.dtype.kind == "b" else raw  # as an index, bool would select instead of look up
     highest, lowest = int(raw.max()), int(raw.min())
     if highest >= len(table) or lowest < 0:
         raise ValueError(f"{path}: label {highest if lowest >= 0 else lowest} is out of range")
@@ -84,9 +87,7 @@ def _pixels(path: Path, mode: str | None) -> np.ndarray:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
                 array = np.array(image.convert(mode) if mode else image)
-    except (
-        Exception
-    ) as error:  # Pillow's plugins fail on damaged files in many ways: OSError, SyntaxError, struct.error
+    except Exception as error:  # a damaged file fails in many ways: OSError, SyntaxError, struct.error
         raise ValueError(f"cannot read image {path}: {error}") from error
     if mode is None and array.ndim != 2:
         raise ValueError(f"{path}: labels must have one channel, found shape {array.shape}")

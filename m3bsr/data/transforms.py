@@ -82,7 +82,11 @@ class RandomScaleRotate:
 
 
 class RandomScaleCrop:
-    """Resize by a factor from ``scale``, then crop to ``size`` where no class covers more than ``max_share``."""
+    """Resize by a factor from ``scale``, then crop to ``size`` where no class covers more than ``max_share``.
+
+    The factor counts from the scale at which the picture has as many pixels as ``size``: that is what validation sees,
+    so an object of one apparent size has one depth in both, however large the files are.
+    """
 
     def __init__(self, size: tuple[int, int], scale: tuple[float, float] = (0.5, 2.0), max_share: float = 0.75) -> None:
         self.size, self.scale, self.max_share = size, scale, max_share
@@ -90,7 +94,9 @@ class RandomScaleCrop:
     def __call__(self, sample: Sample) -> Sample:
         factor = self.scale[0] + (self.scale[1] - self.scale[0]) * torch.rand(()).item()
         height, width = sample["image"].shape[-2:]
-        sample = resize(sample, (max(1, round(height * factor)), max(1, round(width * factor))), zoom=factor)
+        factor *= (base := math.sqrt(self.size[0] * self.size[1] / (height * width)))
+        scaled = max(1, round(height * factor)), max(1, round(width * factor))
+        sample = resize(sample, scaled, zoom=scaled[1] / (width * base))
         sample = pad_to(sample, self.size)
         height, width = sample["image"].shape[-2:]
         for _ in range(10):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from functools import partial
 from pathlib import Path
@@ -192,10 +193,10 @@ def test_a_crop_avoids_one_class_filling_it():
     labels[..., 150:] = torch.arange(50) % 5 + 1
     sample = {"image": tv_tensors.Image(torch.zeros(3, 60, 200).byte()), "semseg": Labels(labels)}
     torch.manual_seed(0)
-    shares = [(RandomScaleCrop((60, 50), (1.0, 1.0))(sample)["semseg"] == 0).float().mean().item() for _ in range(40)]
-    anywhere = [
-        (RandomScaleCrop((60, 50), (1.0, 1.0), 1.0)(sample)["semseg"] == 0).float().mean().item() for _ in range(40)
-    ]
+    # A crop of a quarter of the picture at twice the scale: no resampling, only the choice of the place.
+    careful, careless = RandomScaleCrop((60, 50), (2.0, 2.0)), RandomScaleCrop((60, 50), (2.0, 2.0), 1.0)
+    shares = [(careful(sample)["semseg"] == 0).float().mean().item() for _ in range(40)]
+    anywhere = [(careless(sample)["semseg"] == 0).float().mean().item() for _ in range(40)]
     assert sum(share > 0.75 for share in shares) < 15 < sum(share > 0.75 for share in anywhere)
 
 
@@ -209,6 +210,48 @@ def test_validation_never_augments_and_an_unknown_recipe_is_named():
     assert torch.equal(same["depth"], sample["depth"])
     with pytest.raises(ValueError, match="unknown data.augment 'astm'.*did you mean 'astmt'"):
         build_transform("astm", (60, 80), train=True)
+
+
+def _magnification(sample: dict[str, Tensor]) -> float:
+    """Output pixels per input pixel along a line, from the coordinates that two masks carry."""
+    inside = sample["column"][0] != IGNORE
+    v, u = inside.nonzero().T.double()
+    system = torch.stack([u, v, torch.ones_like(u)], dim=1)
+    source = torch.stack([sample[key][0][inside] for key in ("column", "row")], dim=1).double()
+    jacobian = torch.linalg.lstsq(system, source).solution[:2]
+    return float(torch.linalg.det(jacobian).abs() ** -0.5)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (96, 128), (192, 256), (128, 128)])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_depth_is_divided_by_the_scale_that_validation_does_not_have(recipe, size):
+    """One apparent size, one depth: whatever the files' resolution, training and validation agree."""
+    row, column = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
+    sample = {
+        "image": tv_tensors.Image(torch.zeros(3, 96, 128).byte()),
+        "depth": Depth(torch.full((1, 96, 128), 3.0)),
+        "row": Edge(row[None]),
+        "column": Edge(column[None]),
+    }
+    plain = _magnification(build_transform("none", size, train=False)(dict(sample)))
+    transform = build_transform(recipe, size, train=True)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        moved = transform(dict(sample))
+        expected = 3.0 * plain / _magnification(moved)
+        assert float(moved["depth"][moved["depth"] != IGNORE].mean()) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_pickled_recipe_does_the_same(recipe):
+    """Workers that are spawned, not forked, receive their transform in a pickle."""
+    transform, sample = build_transform(recipe, (60, 80), train=True), _room()
+    copied = pickle.loads(pickle.dumps(transform))
+    results = []
+    for one in (transform, copied):
+        torch.manual_seed(2)
+        results.append(one(dict(sample)))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in sample)
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "none"])

@@ -128,6 +128,34 @@ def test_repeating_does_nothing_and_nothing_of_others_is_touched(official, capsy
     assert json.loads((official.out / "manifest.json").read_text())["arguments"]["depth"] == "raw"
 
 
+def test_a_failed_replacement_leaves_the_old_set(official, capsys, monkeypatch):
+    assert prepare.main(_arguments(official)) == 0
+    before = {path: path.stat().st_mtime_ns for path in official.out.rglob("*") if path.is_file()}
+    rename = Path.rename
+
+    def full_disk(path, target):
+        if path.suffix == ".tmp" and ".old" not in path.name:
+            raise OSError("no space left")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full_disk)
+    assert prepare.main(_arguments(official, "--depth", "raw", "--force")) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in official.out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in official.out.parent.iterdir()] == ["NYUD_MT"]
+
+
+def test_a_link_to_another_disk_stays_a_link(official):
+    disk = official.folder / "disk"
+    disk.mkdir()
+    official.out.parent.mkdir(parents=True)
+    official.out.symlink_to(disk, target_is_directory=True)
+    for extra in ((), ("--depth", "raw", "--force")):
+        assert prepare.main(_arguments(official, *extra)) == 0
+        assert official.out.is_symlink() and len(NYUD(official.out, "train", ("depth",))) == 3
+    assert not list(official.folder.glob("*.tmp"))
+
+
 def test_checksum_is_compared_and_recorded(official, capsys):
     digest = hashlib.sha256(official.mat.read_bytes()).hexdigest()
     assert prepare.main(_arguments(official, "--checksum", "known")) == 2

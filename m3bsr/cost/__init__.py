@@ -1,10 +1,12 @@
-"""What training costs: operations counted, memory and time measured. Knows torch modules, nothing of this library."""
+"""What training costs: operations counted, memory and time measured, for any torch module; and predicted, for a ViT
+under a plan, which is what ``suggest_plan`` chooses by."""
 
 from m3bsr.cost.flops import MacCount, MacCounter, count_macs
 from m3bsr.cost.measure import CostReport, measure_step
 from m3bsr.cost.memory import peak_growth, resident_growth
 from m3bsr.cost.params import optimizer_state_bytes, parameter_cost
 from m3bsr.cost.saved import SavedBytes
+from m3bsr.cost.suggest import Suggestion, SuggestionTable, published_plan, suggest_plan
 from m3bsr.cost.timing import Timing, paired_ratio, time_interleaved, time_steps
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "MacCount",
     "MacCounter",
     "SavedBytes",
+    "Suggestion",
+    "SuggestionTable",
     "Timing",
     "count_macs",
     "measure_step",
@@ -19,7 +23,9 @@ __all__ = [
     "paired_ratio",
     "parameter_cost",
     "peak_growth",
+    "published_plan",
     "resident_growth",
+    "suggest_plan",
     "time_interleaved",
     "time_steps",
 ]

@@ -6,6 +6,7 @@ Every function takes the whole ``Config`` and returns plain objects; what they a
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -16,12 +17,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, read_weights, task_backbone
-from m3bsr.config import Config
-from m3bsr.data import DATASETS, build_transform
+from m3bsr.config import Config, replace
+from m3bsr.data import DATASETS, RECIPES, build_transform
+from m3bsr.data.transforms import Pipeline
 from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.schedule import make_schedule
-from m3bsr.heads import HEADS, set_output_bias
+from m3bsr.heads import HEADS, ClassifierHead, set_output_bias
 from m3bsr.models import MultiTaskModel, is_model_state, load_model_weights
 from m3bsr.tasks import TASKS
 from m3bsr.tasks.base import Task
@@ -29,21 +31,49 @@ from m3bsr.utils.log import get_logger
 from m3bsr.utils.lookup import lookup
 
 log = get_logger(__name__)
+HAVE_LABEL_SMOOTHING = ("semseg", "classification")
 
 
 def build_tasks(config: Config) -> dict[str, Task]:
     """The tasks of the config, with the data set's own settings (number of classes, edge tolerance).
 
     Raises:
-        ValueError: a task that nobody knows, or that the data set has no labels for.
+        ValueError: a task that nobody knows, or that the data set has no labels for; a setting that it does not take.
+        FileNotFoundError: the number of classes is not in the config and the data set's folder is not there.
     """
     dataset = lookup(DATASETS, config.data.name, "data.name")
+    settings = task_settings(config)
     tasks = {}
     for name in config.data.tasks:
         task = lookup(TASKS, name, "data.tasks")
         lookup(dict.fromkeys(dataset.known_tasks), name, f"data.tasks of {config.data.name}")
-        tasks[name] = task(**dataset.task_kwargs.get(name, {}))
+        tasks[name] = task(**settings.get(name, {}))
     return tasks
+
+
+def task_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of every task: the data set's, what its folder says, what the config says."""
+    data, dataset = config.data, lookup(DATASETS, config.data.name, "data.name")
+    settings = {name: dict(values) for name, values in dataset.task_kwargs.items()}
+    if hasattr(dataset, "read_task_kwargs") and not set(data.tasks) <= set(data.num_classes):
+        for name, values in dataset.read_task_kwargs(data.root).items():
+            settings.setdefault(name, {}).update(values)
+    for name, number in data.num_classes.items():
+        lookup(dict.fromkeys(dataset.known_tasks), name, "data.num_classes: task")
+        settings.setdefault(name, {})["num_classes"] = number
+    if config.loss.label_smoothing:
+        for name in set(data.tasks) & set(HAVE_LABEL_SMOOTHING):
+            settings.setdefault(name, {})["label_smoothing"] = config.loss.label_smoothing
+    return settings
+
+
+def with_found_classes(config: Config) -> Config:
+    """The config with the numbers of classes that only the data's folder knows, so that it stands for itself."""
+    dataset = lookup(DATASETS, config.data.name, "data.name")
+    if not hasattr(dataset, "read_task_kwargs"):
+        return config
+    found = {n: v["num_classes"] for n, v in task_settings(config).items() if "num_classes" in v}
+    return replace(config, {"data.num_classes": {n: v for n, v in found.items() if n in config.data.tasks}})
 
 
 def build_backbone(config: Config) -> TaskViTMixin:
@@ -52,6 +82,14 @@ def build_backbone(config: Config) -> TaskViTMixin:
     Raises:
         ValueError: an unknown backbone, gate or backend, blocks out of range.
     """
+    return _build_backbone(config)[0]
+
+
+def _build_backbone(
+    config: Config, num_classes: Mapping[str, int] | None = None
+) -> tuple[TaskViTMixin, dict[str, nn.Module]]:
+    """The backbone, and a classifier with its final layers for each task of ``num_classes``."""
+    num_classes = num_classes or {}
     name, moe = config.model.backbone, config.moe
     common: dict[str, Any] = {"img_size": config.data.image_size}
     experts: dict[str, Any] = {
@@ -73,14 +111,18 @@ def build_backbone(config: Config) -> TaskViTMixin:
             **common,
             **experts,
         )
+        classifiers = {task: ClassifierHead(backbone, number) for task, number in num_classes.items()}
     else:
-        backbone = task_backbone(_timm_vit(name, drop_path_rate=config.model.drop_path, **common), config.data.tasks)
+        vit = _timm_vit(name, drop_path_rate=config.model.drop_path, **common)
+        # Now: as a backbone for tasks it has no final layers any more.
+        classifiers = {task: ClassifierHead(vit, number) for task, number in num_classes.items()}
+        backbone = task_backbone(vit, config.data.tasks)
         if moe.blocks:
             add_moe(backbone, blocks=moe.blocks, tasks=config.data.tasks, mlp_ratio=moe.mlp_ratio, **experts)
     patch = backbone.patch_embed.patch_size
     if any(side % step for side, step in zip(config.data.image_size, patch, strict=True)):
         raise ValueError(f"data.image_size {config.data.image_size} must be multiples of the patch size {patch}")
-    return backbone
+    return backbone, {**classifiers}
 
 
 def _load(config: Config, model: MultiTaskModel) -> None:
@@ -96,6 +138,9 @@ def _load(config: Config, model: MultiTaskModel) -> None:
         log.info("%s: model of another run%s", name, f", fresh: {', '.join(fresh)}" if fresh else "")
         return
     report = load_weights(model.backbone, source, upcycle=moe.upcycle, noise=moe.upcycle_noise, name=name)
+    for head in model.heads.values():
+        if isinstance(head, ClassifierHead):
+            head.load_final(report.final)
     log.info("%s: %s", name, report)
 
 
@@ -116,15 +161,13 @@ def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
 def build_model(config: Config) -> MultiTaskModel:
     """Backbone, heads and weights, with ``config.bsr`` applied: frozen parameters have ``requires_grad=False``."""
     tasks = build_tasks(config)
-    backbone = build_backbone(config)
-    head = lookup(HEADS, config.model.head, "model.head")
-    heads: dict[str, nn.Module] = {
-        name: head(backbone.embed_dim, task.num_channels, head_dim=config.model.head_dim)
-        for name, task in tasks.items()
-    }
+    backbone, heads = _build_backbone(config, {n: task.num_channels for n, task in tasks.items() if not task.dense})
+    dense_head = lookup(HEADS, config.model.head, "model.head")
     for name, task in tasks.items():
-        set_output_bias(heads[name], task.output_bias)
-    model = MultiTaskModel(backbone, heads)
+        if task.dense:
+            heads[name] = dense_head(backbone.embed_dim, task.num_channels, head_dim=config.model.head_dim)
+            set_output_bias(heads[name], task.output_bias)
+    model = MultiTaskModel(backbone, {name: heads[name] for name in tasks})
     backbone.set_plan(config.bsr)
     if config.model.weights:
         _load(config, model)
@@ -139,18 +182,33 @@ def build_datasets(config: Config, target_size: str = "network") -> tuple[Datase
         data.root,
         data.train_split,
         data.tasks,
-        transform=build_transform(data.augment, data.image_size, train=True),
+        transform=transform_of(config, train=True),
         max_samples=data.max_train,
     )
     val = dataset(
         data.root,
         data.val_split,
         data.tasks,
-        transform=build_transform("none", data.image_size, train=False),
+        transform=transform_of(config, train=False),
         max_samples=data.max_val,
         target_size=target_size,
     )
+    settings = task_settings(config)
+    for task, names in train.class_names.items():
+        if len(names) > settings.get(task, {}).get("num_classes", len(names)):
+            number = settings[task]["num_classes"]
+            raise ValueError(f"data.num_classes of {task} is {number}, but {data.root} has {len(names)} classes")
     return train, val
+
+
+def transform_of(config: Config, *, train: bool) -> Pipeline:
+    """The transform of training or validation; ends in the normalisation that the backbone's weights were made with."""
+    name, dataset = config.model.backbone, lookup(DATASETS, config.data.name, "data.name")
+    pretrained = timm.get_pretrained_cfg(DENSE_NAMES.get(name, name), allow_unregistered=True)
+    normalisation = {} if pretrained is None else {"mean": pretrained.mean, "std": pretrained.std}
+    recipes = getattr(dataset, "recipes", RECIPES)
+    recipe = config.data.augment if train else "none"
+    return build_transform(recipe, config.data.image_size, train=train, recipes=recipes, **normalisation)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

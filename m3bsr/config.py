@@ -65,11 +65,16 @@ class DataConfig:
     """Use only the first so many training samples."""
     max_val: int | None = None
     """Use only the first so many validation samples."""
+    num_classes: dict[str, int] = field(default_factory=dict)
+    """Classes per task where they differ from the data set's own; filled in where only the folder knows them."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
         _positive(self, "data", "image_size", "max_train", "max_val")
         _not_negative(self, "data", "num_workers")
+        for task, number in self.num_classes.items():
+            if number < 1:
+                raise ValueError(f"data.num_classes of {task} must be positive, got {number}")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"data.tasks must name at least one task, each once, got {self.tasks}")
 
@@ -146,10 +151,14 @@ class LossConfig:
     """Weight per task; tasks left out take their default."""
     stride: int = 1
     """Compute training losses at 1/stride of the resolution (evaluation stays exact)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of classification and segmentation."""
 
     def __post_init__(self) -> None:
         check_fields(self, "loss")
         _positive(self, "loss", "stride")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         for task, weight in self.weights.items():
             if weight < 0:
                 raise ValueError(f"loss.weights of {task} must not be negative, got {weight}")

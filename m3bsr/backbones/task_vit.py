@@ -25,7 +25,7 @@ class BackboneOutput:
     """Features of each task and how they came about."""
 
     features: dict[str, Tensor]
-    """``[B, P + h*w, D]`` per task, before any final norm, dropped tokens restored to their places."""
+    """``[B, P + h*w, D]`` per task, before any final norm, dropped tokens restored to their places (if asked for)."""
     grid: tuple[int, int]
     routing: dict[int, Routing]
     """MoE block -> where its tokens went."""
@@ -52,12 +52,15 @@ class TaskViTMixin(ReprogrammedMixin):
         """Features ``[B, P + h*w, D]`` of each task asked for (default: all), before any final norm."""
         return self.forward_tasks(images, tasks).features
 
-    def forward_tasks(self, images: Tensor, tasks: Sequence[str] | None = None) -> BackboneOutput:
+    def forward_tasks(
+        self, images: Tensor, tasks: Sequence[str] | None = None, *, restored: bool = True
+    ) -> BackboneOutput:
         """Like :meth:`forward`, with routing, drops and auxiliary losses.
 
         Args:
             images: ``[B, 3, H, W]``, normalised.
             tasks: names out of ``self.tasks``.
+            restored: bring dropped tokens back; a classifier does without and saves the memory.
 
         Raises:
             ValueError: an unknown task.
@@ -82,12 +85,13 @@ class TaskViTMixin(ReprogrammedMixin):
             y_BND, routing[index] = mlp(x_BND, streams)
             return y_BND
 
-        state, grid = self.forward_tokens(images, restorable=True, run_mlp=run_mlp, fork=fork)
+        state, grid = self.forward_tokens(images, restorable=restored, run_mlp=run_mlp, fork=fork)
         per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
-        restored = restore(state, self.plan.restore, grid, getattr(self, "bsr_adapters", None)).x_BND
-        features = restored.chunk(len(streams)) if len(streams) > 1 else [restored] * len(tasks)
+        if restored:
+            state = restore(state, self.plan.restore, grid, getattr(self, "bsr_adapters", None))
+        features = state.x_BND.chunk(len(streams)) if len(streams) > 1 else [state.x_BND] * len(tasks)
         learning = [r for i, r in routing.items() if self._gates_train(i)]
-        zero = restored.new_zeros(())
+        zero = state.x_BND.new_zeros(())
         return BackboneOutput(
             features=dict(zip(tasks, features, strict=True)),
             grid=grid,

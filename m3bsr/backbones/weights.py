@@ -7,7 +7,7 @@ Files are read without ever unpickling foreign objects: safetensors, ``torch.loa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -36,6 +36,8 @@ class LoadReport:
     num_loaded: int
     upcycled_blocks: tuple[int, ...]
     ignored: tuple[str, ...]
+    final: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """What the checkpoint holds behind the last block: norms and pooling, for a classifier that wants them."""
 
     def __str__(self) -> str:
         upcycled = f", MLPs of blocks {self.upcycled_blocks} upcycled to experts" if self.upcycled_blocks else ""
@@ -99,12 +101,13 @@ def load_weights(
         state = dict(source) if isinstance(source, Mapping) else read_weights(source)
     _check_num_heads(backbone, name, num_heads)
     ignored = sorted({k.split(".")[0] for k in state if k.startswith(CLASSIFIER_PREFIXES)})
-    state = {k: v for k, v in state.items() if not k.startswith(CLASSIFIER_PREFIXES)}
+    final = {k: v for k, v in state.items() if k.startswith(CLASSIFIER_PREFIXES)}
+    state = {k: v for k, v in state.items() if k not in final}
     state = _fit_position_embedding(state, backbone)
     state = checkpoint_filter_fn(state, backbone)
     upcycled = _upcycle(state, backbone, upcycle, noise)
     _load(backbone, state, name, fresh_experts=upcycle == "none")
-    return LoadReport(len(state), upcycled, tuple(ignored))
+    return LoadReport(len(state), upcycled, tuple(ignored), final)
 
 
 def _read_npz(path: Path, backbone: TaskViTMixin) -> dict[str, Tensor]:

@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from m3bsr.build import build_tasks
+from m3bsr.build import build_tasks, transform_of
 from m3bsr.cli.common import one_line_errors, open_run, pick_device
 from m3bsr.config import Config
-from m3bsr.data import build_transform
 from m3bsr.data.files import read_image
 from m3bsr.engine.precision import autocast
 from m3bsr.report.collect import collect
@@ -74,7 +73,7 @@ def predict(model: nn.Module, tasks: Mapping[str, Task], config: Config, path: s
         FileNotFoundError, ValueError: missing, no image, or truncated.
     """
     photo = upright(Path(path))
-    transform = build_transform("none", config.data.image_size, train=False)
+    transform = transform_of(config, train=False)
     image: Tensor = transform({"image": tv_tensors.Image(photo.transpose(2, 0, 1).copy())})["image"]
     image = image.as_subclass(Tensor)
     device = next(model.parameters()).device

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from m3bsr.bsr.trainable import count_parameters
-from m3bsr.build import build_datasets, build_model, build_optimizer, build_scheduler, build_tasks
+from m3bsr.build import build_datasets, build_model, build_optimizer, build_scheduler, build_tasks, with_found_classes
 from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_json
 from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
@@ -69,6 +69,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     if device.type == "cpu":
         keep_freed_memory()
     run_dir = Path(config.run.dir)
+    config = with_found_classes(config)
     resume = prepare_run_dir(run_dir, config)
     began = time.perf_counter()
     seed_everything(config.run.seed)

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from m3bsr.data.image_folder import ImageFolder
 from m3bsr.data.nyud import NYUD, Scenes
+from m3bsr.data.torchvision_sets import CIFAR10, CIFAR100, Aircraft, Cars, Flowers102, Food101, Pets
 from m3bsr.data.transforms import RECIPES, build_transform
 
-DATASETS: dict[str, type[NYUD]] = {"nyud": NYUD, "scenes": Scenes}
+DATASETS: dict[str, type[Any]] = {
+    "nyud": NYUD,
+    "scenes": Scenes,
+    "image_folder": ImageFolder,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+    "flowers102": Flowers102,
+    "food101": Food101,
+    "pets": Pets,
+    "aircraft": Aircraft,
+    "cars": Cars,
+}
 
 __all__ = ["DATASETS", "NYUD", "RECIPES", "Scenes", "build_transform"]

@@ -232,6 +232,11 @@ class Pipeline:
     ) -> None:
         self.steps, self.mean, self.std = list(steps), list(mean), list(std)
 
+    @property
+    def normalisation(self) -> dict[str, list[float]]:
+        """Mean and standard deviation of the channels, to undo it."""
+        return {"mean": self.mean, "std": self.std}
+
     def __call__(self, sample: Sample) -> Sample:
         for step in self.steps:
             sample = step(sample)
@@ -246,11 +251,15 @@ def build_transform(
     train: bool,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    recipes: Mapping[str, Callable[[tuple[int, int]], list[Callable[[Sample], Sample]]]] = RECIPES,
 ) -> Pipeline:
-    """The transform of a recipe; with ``train=False`` always only resize and normalise.
+    """The transform of a recipe; with ``train=False`` always that of ``none``: only resize and normalise.
+
+    Args:
+        recipes: the recipes of the kind of data (``IMAGE_RECIPES`` for images with one class each).
 
     Raises:
         ValueError: unknown recipe.
     """
-    steps = lookup(RECIPES, recipe, "data.augment")
-    return Pipeline((steps if train else _none)(image_size), mean, std)
+    steps = lookup(recipes, recipe, "data.augment")
+    return Pipeline((steps if train else recipes["none"])(image_size), mean, std)

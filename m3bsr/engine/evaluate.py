@@ -39,14 +39,16 @@ def evaluate(
     """Run ``model`` over ``loader`` in evaluation mode and score every task; its training mode is put back.
 
     Args:
-        loader: batches ``{"image": [B, 3, H, W], task: [B, C, H', W'] or a list of [C, H', W']}``.
+        loader: batches ``{"image": [B, 3, H, W], task: [B, C, H', W'] or a list of [C, H', W']}``; of a task that is
+            not dense ``[B]``. A batch need not have labels for all tasks.
 
     Raises:
-        ValueError: no batch at all.
+        ValueError: no batch at all, or none with labels for one of the tasks.
     """
     device = torch.device(device)
     metrics = {name: task.metric() for name, task in tasks.items()}
     protocol, num_images, was_training = "network", 0, model.training
+    seen: set[str] = set()
     model.eval()
     try:
         total = len(loader) if isinstance(loader, Sized) else None
@@ -55,19 +57,36 @@ def evaluate(
             for batch in bar:
                 images = batch["image"].to(device, non_blocking=True)
                 with autocast(device, precision):
-                    predictions = model(images, tasks=tuple(tasks)).predictions
-                for name, metric in metrics.items():
-                    for prediction, target in _pairs(predictions[name].float(), batch[name]):
+                    predictions = model(images, tasks=labelled(batch, tasks)).predictions
+                seen.update(predictions)
+                for name, prediction in predictions.items():
+                    for output, target in _pairs(prediction.float(), batch[name]):
                         target = target.to(device, non_blocking=True)
-                        if target.shape[-2:] != images.shape[-2:]:
-                            protocol = "original"
-                        metric.update(resize(prediction, target.shape[-2:]), target)
+                        if tasks[name].dense:
+                            if target.shape[-2:] != images.shape[-2:]:
+                                protocol = "original"
+                            output = resize(output, target.shape[-2:])
+                        metrics[name].update(output, target)
                 num_images += len(images)
     finally:
         model.train(was_training)
     if num_images == 0:
         raise ValueError("nothing to evaluate: the validation set is empty")
+    if unseen := [name for name in tasks if name not in seen]:
+        raise ValueError(f"nothing to evaluate: the validation set has no labels for {', '.join(unseen)}")
     return Metrics({name: metric.compute() for name, metric in metrics.items()}, protocol, num_images)
+
+
+def labelled(batch: Mapping[str, Any], tasks: Iterable[str]) -> tuple[str, ...]:
+    """The tasks that a batch has labels for: with several data sets not all of them.
+
+    Raises:
+        ValueError: none.
+    """
+    found = tuple(name for name in tasks if name in batch)
+    if not found:
+        raise ValueError(f"a batch has labels for none of the tasks {', '.join(tasks)}; it has {', '.join(batch)}")
+    return found
 
 
 def resize(prediction_BCHW: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:

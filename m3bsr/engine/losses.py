@@ -29,9 +29,9 @@ def task_losses(
     Targets larger than the predictions are sampled at their size.
     """
     losses = {}
-    for name, task in tasks.items():
-        prediction = output.predictions[name].float()
-        losses[name] = task.loss(prediction, task.resize_target(targets[name], tuple(prediction.shape[-2:])))
+    for name, prediction in output.predictions.items():
+        target = tasks[name].resize_target(targets[name], tuple(prediction.shape[-2:]))
+        losses[name] = tasks[name].loss(prediction.float(), target)
     balance_loss, z_loss = output.balance_loss.float(), output.z_loss.float()
     loss = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
     loss = loss + balance_weight * balance_loss + z_weight * z_loss

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from m3bsr.engine.evaluate import evaluate, score
+from m3bsr.engine.evaluate import evaluate, labelled, score
 from m3bsr.engine.finite import NonFiniteError, check_finite
 from m3bsr.engine.loader import eval_loader, steps_in_epoch, steps_in_run, train_loader
 from m3bsr.engine.log import RunLog, Window
@@ -157,10 +157,10 @@ def train(
                 wait += time.perf_counter() - asked
                 files += batch["name"]
                 images = batch["image"].to(device, non_blocking=True)
-                targets = {name: batch[name].to(device, non_blocking=True) for name in tasks}
+                targets = {name: batch[name].to(device, non_blocking=True) for name in labelled(batch, tasks)}
                 # forward
                 with autocast(device, precision):
-                    output = model(images, tasks=tuple(tasks), size=loss_size(images, loss_stride))
+                    output = model(images, tasks=tuple(targets), size=loss_size(images, loss_stride))
                 # losses, in float32 whatever the precision
                 parts = task_losses(output, targets, tasks, weights, balance_weight, z_weight)
                 # backward

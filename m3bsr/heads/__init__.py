@@ -1,13 +1,14 @@
 """Decoders from patch tokens on a grid to per-pixel outputs, by name.
 
 ``HEADS[name](embed_dim, num_channels, head_dim=128)``; ``head(x_BDHW, size)`` gives ``[B, num_channels, *size]``.
-A new head is one file and one line in ``HEADS``.
+A new head is one file and one line in ``HEADS``. ``ClassifierHead`` is for one class per image.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from m3bsr.heads.classifier import ClassifierHead
 from m3bsr.heads.light import LightHead
 from m3bsr.heads.upsample import UpsampleHead, load_published_head
 
@@ -19,4 +20,4 @@ def set_output_bias(head: nn.Module, value: float) -> None:
     nn.init.constant_(head.get_submodule("logits").get_parameter("bias"), value)
 
 
-__all__ = ["HEADS", "LightHead", "UpsampleHead", "load_published_head", "set_output_bias"]
+__all__ = ["HEADS", "ClassifierHead", "LightHead", "UpsampleHead", "load_published_head", "set_output_bias"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from m3bsr.metrics.accuracy import Accuracy
 from m3bsr.metrics.base import Metric, reduce_over_processes
 from m3bsr.metrics.delta_m import delta_m, relative_gains
 from m3bsr.metrics.depth import DepthErrors
@@ -11,6 +12,7 @@ from m3bsr.metrics.normals import NormalAngles
 from m3bsr.metrics.saliency import SaliencyScores
 
 __all__ = [
+    "Accuracy",
     "DepthErrors",
     "EdgeScores",
     "MeanIoU",

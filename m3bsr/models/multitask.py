@@ -1,6 +1,6 @@
 """A backbone and a head per task. Tasks are known by name only.
 
-Shapes: B images, C channels of a task, D embedding width, h x w patches, P prefix tokens.
+Shapes: B images, N tokens, C channels of a task, D embedding width, h x w patches, P prefix tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from m3bsr.backbones import TaskViTMixin
 from m3bsr.bsr import DropStage
+from m3bsr.heads import ClassifierHead
 from m3bsr.moe import Routing
 
 
@@ -20,7 +21,7 @@ class ModelOutput:
     """Predictions and what the report and the auxiliary losses need of the way to them."""
 
     predictions: dict[str, Tensor]
-    """Raw head outputs ``[B, C, H, W]`` per task."""
+    """Raw head outputs per task: ``[B, C, H, W]``, of classifiers ``[B, C]``."""
     balance_loss: Tensor
     z_loss: Tensor
     routing: dict[int, Routing]
@@ -29,7 +30,11 @@ class ModelOutput:
 
 
 class MultiTaskModel(nn.Module):
-    """``model(images, tasks=("depth",))`` runs that task's path alone: its gates, its experts, its head."""
+    """``model(images, tasks=("depth",))`` runs that task's path alone: its gates, its experts, its head.
+
+    Dense heads get the patch tokens on their grid, dropped ones restored. Classifiers get the tokens as they are; where
+    no dense task is asked for, dropped tokens are never brought back.
+    """
 
     def __init__(self, backbone: TaskViTMixin, heads: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -53,19 +58,26 @@ class MultiTaskModel(nn.Module):
         Args:
             images: ``[B, 3, H, W]``, normalised.
             tasks: the tasks wanted, all by default; only their path is computed.
-            size: height and width of the predictions, by default those of the images.
+            size: height and width of dense predictions, by default those of the images.
         """
-        output = self.backbone.forward_tasks(images, tasks)
         size = (images.shape[-2], images.shape[-1]) if size is None else size
-        maps = {task: self._grid(x_BND, output.grid) for task, x_BND in output.features.items()}
+        is_dense = any(self._is_dense(task) for task in (self.tasks if tasks is None else tasks))
+        output = self.backbone.forward_tasks(images, tasks, restored=is_dense)
+        predictions = {}
+        for task, x_BND in output.features.items():
+            head = self.heads[task]
+            predictions[task] = head(self._grid(x_BND, output.grid), size) if self._is_dense(task) else head(x_BND)
         return ModelOutput(
-            predictions={task: self.heads[task](x_BDhw, size) for task, x_BDhw in maps.items()},
+            predictions=predictions,
             balance_loss=output.balance_loss,
             z_loss=output.z_loss,
             routing=output.routing,
             stages=output.stages,
             grid=output.grid,
         )
+
+    def _is_dense(self, task: str) -> bool:
+        return task in self.heads and not isinstance(self.heads[task], ClassifierHead)
 
     def _grid(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens as a map ``[B, D, h, w]``."""

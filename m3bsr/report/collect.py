@@ -19,6 +19,7 @@ from m3bsr.bsr.tokens import take
 from m3bsr.moe.routing import Routing
 from m3bsr.report.panels import Sample, shrink
 from m3bsr.tasks.base import Task
+from m3bsr.utils.constants import NO_CLASS
 
 LONGEST_SIDE = 480
 """Pictures of a report are at most this many pixels high and wide."""
@@ -41,6 +42,7 @@ def collect(
     photos: Sequence[np.ndarray],
     names: Sequence[str],
     targets: Mapping[str, Sequence[Tensor]] | None = None,
+    class_names: Mapping[str, Sequence[str]] | None = None,
     size: tuple[int, int] | None = None,
     autocast: AbstractContextManager[Any] | None = None,
     longest: int = LONGEST_SIDE,
@@ -49,7 +51,8 @@ def collect(
 
     Args:
         photos: the images as uint8 `[H', W', 3]`, of any size.
-        targets: per task the target `[C, H', W']` of every image.
+        targets: per task the target of every image: `[C, H', W']`, or a class index.
+        class_names: of the tasks with one answer per image.
         size: of the predictions, by default that of `images`.
         longest: longer side of the pictures, in pixels.
     """
@@ -62,17 +65,24 @@ def collect(
         model.train(was_training)
     kept = {t: [m.cpu().numpy() for m in patches_kept(s, output.grid)] for t, s in output.stages.items()}
     experts = {t: _experts(output.routing, output.stages.get(t, ()), t, len(images), output.grid) for t in tasks}
+    dense = {name: task for name, task in tasks.items() if task.dense}
     samples = []
     for i in range(len(images)):
         stages = {t: [(s.block, m[i]) for s, m in zip(output.stages[t], kept[t], strict=True)] for t in kept}
-        coloured = {t: task.colour(output.predictions[t][i].float(), is_prediction=True) for t, task in tasks.items()}
-        truth = {t: task.colour(targets[t][i]) for t, task in tasks.items() if targets and t in targets}
+        coloured = {t: task.colour(output.predictions[t][i].float(), is_prediction=True) for t, task in dense.items()}
+        truth = {t: task.colour(targets[t][i]) for t, task in dense.items() if targets and t in targets}
+        answers = {
+            t: answer(output.predictions[t][i], (targets or {}).get(t, {i: None})[i], (class_names or {}).get(t))
+            for t in tasks
+            if t not in dense
+        }
         samples.append(
             Sample(
                 name=names[i],
                 photo=shrink(photos[i], longest),
                 predictions={t: shrink(picture, longest) for t, picture in coloured.items()},
                 targets={t: shrink(picture, longest) for t, picture in truth.items()},
+                answers=answers,
                 grid=output.grid,
                 kept=stages,
                 experts={t: {b: ids[i] for b, ids in blocks.items()} for t, blocks in experts.items() if blocks},
@@ -87,7 +97,8 @@ def collect(
 def collect_from(
     model: nn.Module, tasks: Mapping[str, Task], dataset: Any, num_samples: int = 4, **options: Any
 ) -> Collected:
-    """Like :func:`collect`, for evenly spaced samples of a data set that normalised its images as timm does."""
+    """Like :func:`collect`, for evenly spaced samples of a data set."""
+    normalisation = getattr(getattr(dataset, "transform", None), "normalisation", {})
     indices = np.linspace(0, len(dataset) - 1, min(num_samples, len(dataset))).round().astype(int).tolist()
     samples = [dataset[i] for i in indices]
     images = torch.stack([sample["image"] for sample in samples])
@@ -95,11 +106,24 @@ def collect_from(
         model,
         tasks,
         images,
-        photos=[denormalise(image) for image in images],
+        photos=[denormalise(image, **normalisation) for image in images],
         names=[sample["name"] for sample in samples],
-        targets={task: [sample[task] for sample in samples] for task in tasks},
+        targets={task: [sample[task] for sample in samples] for task in tasks if all(task in s for s in samples)},
+        class_names=getattr(dataset, "class_names", None),
         **options,
     )
+
+
+def answer(logits_C: Tensor, target: Tensor | None, names: Sequence[str] | None) -> str:
+    """The predicted class in words, with the true one where it is another."""
+
+    def name(label: int) -> str:
+        return names[label] if names else f"class {label}"
+
+    best = int(logits_C.argmax())
+    share = float(logits_C.float().softmax(0)[best])
+    wrong = target is not None and int(target) not in (best, NO_CLASS)
+    return f"{name(best)} {100 * share:.0f} %" + (f" (is {name(int(target))})" if wrong and target is not None else "")
 
 
 def denormalise(image: Tensor, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> np.ndarray:

@@ -32,6 +32,8 @@ class Sample:
     experts: Mapping[str, Mapping[int, np.ndarray]] = field(default_factory=dict)
     """Per task and MoE block the first choice of every patch, int `[P]`; -1 where the patch had been dropped."""
     num_experts: int = 0
+    answers: Mapping[str, str] = field(default_factory=dict)
+    """In words what tasks with one answer per image say, and whether it is right."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def shrink(picture: np.ndarray, longest: int) -> np.ndarray:
 
 def task_group(sample: Sample) -> Group:
     """Photo, then each task: ground truth beside prediction."""
-    pictures = [Picture("photo", sample.photo)]
+    answers = "".join(f", {task}: {answer}" for task, answer in sample.answers.items())
+    pictures = [Picture(f"photo{answers}", sample.photo)]
     for task, prediction in sample.predictions.items():
         if task in sample.targets:
             pictures.append(Picture(f"{task}: ground truth", sample.targets[task]))

@@ -1,8 +1,9 @@
-"""The dense tasks by name. A new task is one file with a :class:`Task` and one line in ``TASKS``."""
+"""The tasks by name. A new task is one file with a :class:`Task` and one line in ``TASKS``."""
 
 from __future__ import annotations
 
 from m3bsr.tasks.base import Task
+from m3bsr.tasks.classification import Classification
 from m3bsr.tasks.depth import Depth
 from m3bsr.tasks.edge import Edge
 from m3bsr.tasks.human_parts import HumanParts
@@ -17,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     "edge": Edge,
     "saliency": Saliency,
     "human_parts": HumanParts,
+    "classification": Classification,
 }
 
 __all__ = ["TASKS", "Task"]

@@ -1,4 +1,4 @@
-"""What a dense task is: the number of channels, a loss, a metric, and how it looks."""
+"""What a task is: the number of channels, a loss, a metric, and how it looks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from m3bsr.utils.constants import IGNORE
 
 
 class Task(ABC):
-    """One dense task. Subclasses are one file each, named in ``m3bsr.tasks.TASKS``.
+    """One task. Subclasses are one file each, named in ``m3bsr.tasks.TASKS``.
 
     Predictions are raw network outputs ``[B, num_channels, H, W]``; targets are ``[B, C, H, W]`` with ``IGNORE``
-    (255) at invalid pixels. The metric applies argmax, sigmoid or normalisation itself.
+    (255) at invalid pixels. A task with ``dense = False`` has one answer per image instead: ``[B, num_channels]`` and
+    ``[B]``. The metric applies argmax, sigmoid or normalisation itself.
     """
 
     name: str
     num_channels: int
     main_metric: str
     higher_is_better: bool
+    dense: bool = True
+    """Whether there is an answer per pixel, or one per image."""
     default_weight: float = 1.0
     output_bias: float = 0.0
     """Where a fresh head's output should start: near the mean of the target if that is far from zero."""

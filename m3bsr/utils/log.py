@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -10,11 +11,18 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
+class _Stderr(logging.Handler):
+    """To what ``sys.stderr`` is when a line comes; a ``StreamHandler`` holds on to one that may be closed by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def show_log(level: int = logging.INFO) -> None:
     """Print the package's messages on stderr (command lines call this once)."""
     logger = logging.getLogger("m3bsr")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(level)

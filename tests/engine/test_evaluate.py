@@ -22,7 +22,7 @@ def test_metrics_do_not_depend_on_the_batches_and_the_mode_is_put_back(tiny, par
         for task, values in found[0].items():
             assert other[task] == pytest.approx(values, rel=1e-5)
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="no labels for edge"):
         evaluate(model, {**tasks, "edge": tasks["depth"]}, eval_loader(val_set, batch_size=4), progress=False)
     assert model.training  # also after an error
 

@@ -9,14 +9,21 @@ import torch
 from m3bsr.metrics.base import Metric
 from m3bsr.tasks import TASKS, Task
 from m3bsr.tasks.base import label_palette
-from m3bsr.utils.constants import IGNORE
+from m3bsr.utils.constants import IGNORE, NO_CLASS
 
-WEIGHTS = {"semseg": 1, "human_parts": 2, "saliency": 5, "edge": 50, "normals": 10, "depth": 1}
+DENSE = [name for name, kind in TASKS.items() if kind.dense]
+INVALID = {name: IGNORE if kind.dense else NO_CLASS for name, kind in TASKS.items()}
+WEIGHTS = {"classification": 1, "semseg": 1, "human_parts": 2, "saliency": 5, "edge": 50, "normals": 10, "depth": 1}
 
 
 def make(name: str, batch: int = 2, size: tuple[int, int] = (17, 23)):
-    """A task, raw outputs and a target with a few invalid rows."""
+    """A task, raw outputs and a target with a few invalid rows (of one class per image: the last image invalid)."""
     torch.manual_seed(0)
+    if name == "classification":
+        task = TASKS[name](num_classes=7)
+        target = torch.randint(7, (batch,))
+        target[1:][-1:] = NO_CLASS
+        return task, torch.randn(batch, 7), target
     task = TASKS[name](thresholds=9) if name == "edge" else TASKS[name]()
     prediction = torch.randn(batch, task.num_channels, *size)
     if task.main_metric == "miou" and name != "saliency":
@@ -53,11 +60,11 @@ def test_loss_is_a_finite_scalar_at_any_size_and_batch_one(name, size):
 def test_nothing_valid_is_zero_with_zero_gradient(name):
     task, prediction, target = make(name)
     prediction.requires_grad_()
-    loss = task.loss(prediction, torch.full_like(target, IGNORE))
+    loss = task.loss(prediction, torch.full_like(target, INVALID[name]))
     loss.backward()
     assert float(loss.detach()) == 0 and (prediction.grad == 0).all()
     metric = task.metric()
-    metric.update(prediction.detach(), torch.full_like(target, IGNORE))
+    metric.update(prediction.detach(), torch.full_like(target, INVALID[name]))
     assert np.isnan(metric.compute()[task.main_metric])
 
 
@@ -93,7 +100,8 @@ def test_streaming_merging_and_one_shot_agree(name):
 def test_invalid_pixels_do_not_score(name):
     task, prediction, target = make(name)
     other = prediction.clone()
-    other[:, :, :2] = -other[:, :, :2] * 7
+    invalid = (slice(None), slice(None), slice(2)) if task.dense else slice(-1, None)
+    other[invalid] = -other[invalid] * 7
     scores = []
     for x in (prediction, other):
         metric = task.metric()
@@ -109,7 +117,7 @@ def test_merge_refuses_a_foreign_state(name):
         metric.merge({"something": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", DENSE)
 def test_colour(name):
     task, prediction, target = make(name)
     for x, is_prediction in ((prediction[0], True), (target[0], False)):
@@ -122,7 +130,7 @@ def test_colour(name):
         task.colour(torch.zeros(task.num_channels + 9, 4, 4), is_prediction=True)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", DENSE)
 def test_loss_at_a_stride_follows_the_full_loss(name):
     """Smooth fields lose little by sampling: the strided loss of a constant prediction stays near the full one."""
     task, prediction, _ = make(name, batch=1, size=(32, 32))
@@ -153,3 +161,12 @@ def test_bad_arguments_name_the_task():
         TASKS["semseg"](num_classes=0)
     with pytest.raises(ValueError, match="edge: positive_weight"):
         TASKS["edge"](positive_weight=1.0)
+
+
+def test_a_class_has_no_size_and_no_colour():
+    task, _, target = make("classification", batch=3)
+    assert torch.equal(task.resize_target(target, (4, 4)), target) and task.example_target(2, (8, 8)).shape == (2,)
+    with pytest.raises(ValueError, match="a class is no picture"):
+        task.colour(target)
+    with pytest.raises(ValueError, match="classification: label_smoothing"):
+        TASKS["classification"](label_smoothing=1.0)

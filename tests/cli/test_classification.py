@@ -1,0 +1,121 @@
+"""An image folder through the real command lines: train, resume, evaluate, predict, cost, report."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from m3bsr.cli import train as train_module
+from m3bsr.cli.common import open_run
+from m3bsr.cli.evaluate import main as evaluate
+from m3bsr.cli.measure_cost import main as measure_cost
+from m3bsr.cli.predict import main as predict
+from m3bsr.cli.train import main as train
+
+CONFIG = """
+from m3bsr.config import Config, DataConfig, ModelConfig, OptimConfig, Plan, RunConfig, TrainConfig
+
+config = Config(
+    data=DataConfig(name="image_folder", root={root!r}, tasks=("classification",), image_size=(32, 32),
+                    augment="flip", num_workers=0),
+    model=ModelConfig(backbone="deit_tiny_patch16_224", weights={weights!r}),
+    bsr=Plan(train_blocks=(3, 11), drop_blocks=(3, 6), keep_rate=0.5, score_source="own"),
+    train=TrainConfig(epochs=3, batch_size=4, eval_batch_size=5, log_every=1),
+    optim=OptimConfig(lr=2e-3),
+    run=RunConfig(dir={run!r}, device="cpu"),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Red and green pictures in two classes, and weights with a known final norm."""
+    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for split, num in (("train", 8), ("val", 3)):
+        for channel, name in enumerate(("red", "teal")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(num):
+                pixels = rng.integers(0, 60, (24, 24, 3), dtype=np.uint8)
+                pixels[..., channel] += 180
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    torch.manual_seed(0)
+    state = timm.create_model("deit_tiny_patch16_224", num_classes=5).state_dict()
+    state["norm.bias"] += 0.25
+    save_file(state, root / "weights.safetensors")
+    return root
+
+
+@pytest.fixture
+def job(tmp_path, folder):
+    path, run = tmp_path / "job.py", tmp_path / "run"
+    path.write_text(CONFIG.format(root=str(folder), weights=str(folder / "weights.safetensors"), run=str(run)))
+    return SimpleNamespace(config=str(path), run=run, folder=folder)
+
+
+def test_train_evaluate_predict_report(job, capsys, tmp_path):
+    assert train([job.config]) == 0
+    result = json.loads((job.run / "result.json").read_text())
+    assert result["metrics"]["classification"]["top1"] == 1.0  # two colours are soon told apart
+    config = json.loads((job.run / "config.json").read_text())
+    assert config["data"]["num_classes"] == {"classification": 2}
+    assert "classification: teal" in (job.run / "report.html").read_text()
+    capsys.readouterr()
+    assert evaluate([str(job.run)]) == 0
+    assert "top1 1" in capsys.readouterr().out
+    photo = next((job.folder / "val" / "red").iterdir())
+    assert predict([str(job.run), str(photo), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / photo.name).stat().st_size > 1000
+    assert measure_cost([job.config, "--json", "--data.num-classes", "classification", "10"]) == 0
+    out = capsys.readouterr().out
+    cost = json.loads(out[out.index("{") :])
+    assert 0 < cost["train_step_gmacs"] < 3 * cost["forward_gmacs"]
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(job, tmp_path, monkeypatch):
+    assert train([job.config]) == 0
+    other = tmp_path / "other"
+    build_model = train_module.build_model
+
+    def stopping(config):
+        model = build_model(config)
+        model.set_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 4 else None
+        return model
+
+    monkeypatch.setattr(train_module, "build_model", stopping)
+    assert train([job.config, "--run.dir", str(other)]) == 143
+    monkeypatch.undo()
+    assert train([job.config, "--run.dir", str(other), "--run.resume"]) == 0
+    one, two = ((run / "checkpoints" / "last" / "model.safetensors").read_bytes() for run in (job.run, other))
+    assert one == two
+
+
+def test_final_norm_comes_with_the_weights(job):
+    assert train([job.config, "--train.max-steps", "1", "--bsr.train-blocks", "--optim.lr", "1e-12"]) == 0
+    _, model, _ = open_run(job.run)
+    assert torch.allclose(model.heads["classification"].norm.bias, torch.tensor(0.25), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.root", "nowhere"], "no such folder: nowhere"),
+        (["--data.tasks", "semseg"], "data.tasks of image_folder"),
+        (["--data.augment", "astmt"], "data.augment"),
+        (["--data.num-classes", "classification", "1"], "data.num_classes of classification is 1, but .* has 2 classes"),
+        (["--data.num-classes", "depth", "1"], "data.num_classes: task"),
+        (["--loss.label-smoothing", "1"], "loss.label_smoothing must lie in"),
+    ],
+)
+def test_user_errors_are_one_line(job, capsys, options, expected):
+    assert train([job.config, *options]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert re.search(expected, err[-1]) and err[-1].startswith("error: ")

@@ -71,13 +71,26 @@ def read_labels(path: Path, table: np.ndarray) -> Tensor:
     return torch.from_numpy(labels.astype(np.uint8))[None]
 
 
+def read_grey(path: Path) -> Tensor:
+    """A picture as uint8 ``[1, H, W]``: grey values, palette indices as they are, 1 bit as 0 and 255, colour made grey.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_image`, and a picture of more than 8 bits.
+    """
+    raw = _pixels(path, None, grey=True)
+    if raw.dtype != np.uint8:
+        raise ValueError(f"{path}: a picture of 8 bits is expected, found {raw.dtype}")
+    return torch.from_numpy(raw)[None]
+
+
 def _ranges(values: np.ndarray) -> str:
     """``0-40, 255`` for the numbers 0 to 40 and 255."""
     groups = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1)
     return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in groups)
 
 
-def _pixels(path: Path, mode: str | None) -> np.ndarray:
+def _pixels(path: Path, mode: str | None, grey: bool = False) -> np.ndarray:
+    """``mode``: Pillow's, or None for the values on file; ``grey``: these, but of one channel."""
     if not path.is_file():
         raise FileNotFoundError(f"missing file: {path}")
     try:
@@ -86,6 +99,8 @@ def _pixels(path: Path, mode: str | None) -> np.ndarray:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+                if grey and image.mode not in ("L", "P", "I;16", "I", "F"):
+                    mode = "L"
                 array = np.array(image.convert(mode) if mode else image)
     except Exception as error:  # a damaged file fails in many ways: OSError, SyntaxError, struct.error
         raise ValueError(f"cannot read image {path}: {error}") from error

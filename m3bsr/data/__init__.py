@@ -6,12 +6,14 @@ from typing import Any
 
 from m3bsr.data.image_folder import ImageFolder
 from m3bsr.data.nyud import NYUD, Scenes
+from m3bsr.data.pascal import PascalContext
 from m3bsr.data.torchvision_sets import CIFAR10, CIFAR100, Aircraft, Cars, Flowers102, Food101, Pets
 from m3bsr.data.transforms import RECIPES, build_transform
 
 DATASETS: dict[str, type[Any]] = {
     "nyud": NYUD,
     "scenes": Scenes,
+    "pascal": PascalContext,
     "image_folder": ImageFolder,
     "cifar10": CIFAR10,
     "cifar100": CIFAR100,

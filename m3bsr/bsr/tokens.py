@@ -32,6 +32,13 @@ class DropStage:
     match_BR: Tensor | None = None
     """For every dropped token the place in the kept list of the one whose key is most like its own."""
 
+    @property
+    def patch_after_BN(self) -> Tensor:
+        """Patch index of every token behind the prefix after the drop; -1 for fused tokens."""
+        patch_BK = take(self.patch_BM, self.keep_idx_BK)
+        num_fused = (self.fuse != "none") + self.num_protected  # a fused one among the ordinary is kept as any other
+        return torch.cat([patch_BK, patch_BK.new_full((len(patch_BK), num_fused), -1)], dim=1)
+
     def map(self, fn) -> DropStage:
         """The same stage with ``fn`` applied to every tensor."""
         return replace(self, **{k: fn(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
@@ -54,6 +61,18 @@ class TokenState:
     @property
     def num_ordinary(self) -> int:
         return self.x_BND.shape[1] - self.num_prefix - self.num_protected
+
+    @property
+    def drops(self) -> tuple[DropStage, ...]:
+        """Every drop so far, in force or undone, in order."""
+        return self.undone + self.stages
+
+    def sources(self) -> Tensor:
+        """Provenance ``[B, N - P, patches]``: see :func:`token_sources`; every patch stands for itself before a drop
+        and once the grid is restored."""
+        if self.stages:
+            return token_sources(self.stages, self.stages[0].patch_BM.shape[1])
+        return torch.eye(self.num_ordinary, device=self.x_BND.device).expand(len(self.x_BND), -1, -1)
 
     def map(self, fn) -> TokenState:
         """The same state with ``fn`` applied to every tensor (``fn`` may only touch the batch dimension)."""
@@ -172,9 +191,10 @@ def patches_kept(stages: tuple[DropStage, ...] | list[DropStage], grid: tuple[in
 def token_sources(stages: tuple[DropStage, ...] | list[DropStage], num_patches: int) -> Tensor:
     """Weight ``[B, tokens, patches]`` with which each patch entered each token that is left (provenance).
 
-    Rows are ordinary tokens, then protected ones; a kept patch has a single 1, a fused token the scores of the
-    patches that it stands for (multiplied along a chain of fused tokens, normalised at each link when
-    ``fuse="mean"``).
+    ``stages`` may be the first few only: what the tokens stood for after that drop (``stage.patch_after_BN`` tells
+    which of them are fused). Rows are ordinary tokens, then protected ones; a kept patch has a single 1, a fused token
+    the scores of the patches that it stands for (multiplied along a chain of fused tokens, normalised at each link
+    when ``fuse="mean"``).
     """
     first = stages[0].patch_BM
     eye = torch.eye(num_patches, device=first.device).expand(len(first), -1, -1)

@@ -139,3 +139,24 @@ def test_provenance_of_kept_and_fused_tokens() -> None:
     masks = patches_kept(state.stages, (2, 3))
     assert masks[0].tolist() == [[True, True, True, False, False, False]]
     assert masks[1].tolist() == [[True, False, True, False, False, False]]
+
+
+@given(st.integers(0, 2), st.integers(4, 30), st.lists(rates, min_size=0, max_size=3), st.lists(fuses, min_size=3))
+def test_every_token_knows_the_patches_that_it_stands_for(num_prefix, num_patches, keep_rates, fuse) -> None:
+    x = torch.randn(2, num_prefix + num_patches, 3)
+    state = start(x, num_prefix)
+    for block, rate in enumerate(keep_rates):
+        scores = torch.rand(2, state.num_ordinary)
+        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse[block], restorable=True)
+        sources = state.sources()
+        torch.testing.assert_close(sources @ x[:, num_prefix:], state.x_BND[:, num_prefix:], rtol=1e-4, atol=1e-5)
+        if state.stages:
+            alone = state.stages[-1].patch_after_BN
+            assert alone.shape == sources.shape[:2]
+            rows, columns = (alone >= 0).nonzero(as_tuple=True), alone[alone >= 0]
+            assert torch.equal(sources[rows], torch.eye(num_patches)[columns])
+            assert ((sources > 0).sum(1) <= 1).all()  # no patch is in two tokens
+    restored = restore(state, "bypass", (1, num_patches))
+    assert torch.equal(restored.sources(), torch.eye(num_patches).expand(2, -1, -1))
+    assert [s.block for s in restored.drops] == [s.block for s in state.drops] == [s.block for s in state.stages]
+    assert restored.stages == ()

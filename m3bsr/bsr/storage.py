@@ -124,15 +124,17 @@ class Packer:
         weights = {tuple(p.shape) for p in block.parameters()}
         weights |= {shape[::-1] for shape in weights}
         prunes = self.prune_rate > 0 and type(block.mlp) is Mlp and isinstance(block.attn, Attention)
+        # The graph keeps ``pack`` itself, and with it all that it mentions: its size may be mentioned, x_BND may not.
+        shape, num_samples, smallest = x_BND.shape, len(x_BND), x_BND.numel() // 4
 
         def pack(tensor: Tensor) -> _Exact | _View:
             numel = tensor.untyped_storage().nbytes() // tensor.element_size()
             is_weight = tuple(tensor.shape[-2:]) in weights
-            if not tensor.is_floating_point() or is_weight or numel < x_BND.numel() // 4:
+            if not tensor.is_floating_point() or is_weight or numel < smallest:
                 return _Exact(tensor, outer)
-            is_input = tensor.ndim == 2 or tensor.shape == x_BND.shape
+            is_input = tensor.ndim == 2 or tensor.shape == shape
             prune_here = prunes and is_input and tensor.is_contiguous() and not self._recomputing
-            return _View(self._packed_once(tensor, len(x_BND), self.prune_rate if prune_here else 0.0, outer), tensor)
+            return _View(self._packed_once(tensor, num_samples, self.prune_rate if prune_here else 0.0, outer), tensor)
 
         with saved_tensors_hooks(pack, _unpack):
             return fn(block, index, x_BND, *args)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from m3bsr.data.cityscapes import Cityscapes
+from m3bsr.data.folder import Folder
 from m3bsr.data.image_folder import ImageFolder
 from m3bsr.data.nyud import NYUD, Scenes
 from m3bsr.data.pascal import PascalContext
@@ -14,6 +16,8 @@ DATASETS: dict[str, type[Any]] = {
     "nyud": NYUD,
     "scenes": Scenes,
     "pascal": PascalContext,
+    "cityscapes": Cityscapes,
+    "folder": Folder,
     "image_folder": ImageFolder,
     "cifar10": CIFAR10,
     "cifar100": CIFAR100,

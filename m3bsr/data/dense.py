@@ -66,6 +66,7 @@ class DenseImages(Dataset, ABC):
         self.transform, self.target_size = transform, target_size
         for task in self.tasks:
             lookup(dict.fromkeys(self.known_tasks), task, f"task of {type(self).__name__}")
+        self.dense_tasks = tuple(task for task in self.tasks if task != "classification")
         self.names = self.open()[:max_samples]
         if check:
             self.check()
@@ -109,7 +110,7 @@ class DenseImages(Dataset, ABC):
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self.names[index]
         image = tv_tensors.Image(self.read_image(name))
-        targets = {task: self._target(task, name, image) for task in self.tasks}
+        targets = {task: self._target(task, name, image) for task in self.dense_tasks}
         sample = self.arrange({"image": image, **targets})
         if self.transform is not None and self.target_size == "original":
             sample = sample | self.transform({"image": sample["image"]})
@@ -136,7 +137,7 @@ class DenseImages(Dataset, ABC):
         except (ValueError, FileNotFoundError) as error:
             image = None
             found.append(str(error))
-        for task in self.tasks:
+        for task in self.dense_tasks:
             try:
                 path = self.label_file(task, name)
                 if image is not None:

@@ -50,8 +50,8 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(_pixels(path, "RGB")).permute(2, 0, 1)
 
 
-def read_labels(path: Path, table: np.ndarray) -> Tensor:
-    """A label image (palette or grey, 1, 8 or 16 bit) as uint8 ``[1, H, W]``, each value ``v`` made ``table[v]``.
+def read_labels(path: Path, table: np.ndarray, dtype: type[np.generic] = np.uint8) -> Tensor:
+    """A label image (palette or grey, 1, 8 or 16 bit) as ``dtype`` ``[1, H, W]``, each value ``v`` made ``table[v]``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_image`, and a value beyond the table or where it holds -1.
@@ -68,7 +68,7 @@ def read_labels(path: Path, table: np.ndarray) -> Tensor:
         wrong = int(raw[labels < 0][0])
         known = _ranges(np.flatnonzero(table >= 0))
         raise ValueError(f"{path}: label {wrong} is out of range; known: {known}")
-    return torch.from_numpy(labels.astype(np.uint8))[None]
+    return torch.from_numpy(labels.astype(dtype))[None]
 
 
 def read_grey(path: Path) -> Tensor:

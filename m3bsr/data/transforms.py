@@ -1,8 +1,9 @@
 """Joint transforms of an image and its dense labels, on torchvision's v2 tensors.
 
-Geometry means something to some labels: a camera that zooms in by s sees depth / s, a mirrored world has normals with
-the other x, a turned one has turned normals. The label types below carry that knowledge; everything that is moved in
-from outside the image is ``IGNORE``. Random numbers come from torch alone, so seeding torch reproduces a sample.
+Geometry means something to some labels: a camera that zooms in by s sees depth / s (and inverse depth * s), a mirrored
+world has normals with the other x, a turned one has turned normals. The label types below carry that knowledge;
+everything that is moved in from outside the image is ``IGNORE``. Random numbers come from torch alone, so seeding torch
+reproduces a sample.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Edge(tv_tensors.Mask):
 
 class Depth(tv_tensors.Mask):
     """Metres along the optical axis ``[1, H, W]``, float."""
+
+
+class InverseDepth(tv_tensors.Mask):
+    """One over depth, or disparity, in any unit ``[1, H, W]``, float."""
 
 
 class Normals(tv_tensors.Mask):
@@ -134,7 +139,7 @@ def scale_rotate(sample: Mapping[str, Any], factor: float, angle: float) -> Samp
         )
         if isinstance(value, Normals):
             moved[key] = _turned(moved[key], cos, sin, -sin, cos)
-        elif isinstance(value, Depth):
+        elif isinstance(value, Depth | InverseDepth):
             moved[key] = _zoomed(moved[key], factor)
     return moved
 
@@ -149,7 +154,7 @@ def resize(sample: Mapping[str, Any], size: tuple[int, int], zoom: float = 1.0) 
             # Not F.resize: it takes plain NEAREST for masks in some versions, half a pixel off where the size shrinks.
             nearest = F.resize_image(value.as_subclass(Tensor), list(size), InterpolationMode.NEAREST_EXACT)
             resized[key] = nearest.as_subclass(type(value))
-        if isinstance(value, Depth) and zoom != 1:
+        if isinstance(value, Depth | InverseDepth) and zoom != 1:
             resized[key] = _zoomed(resized[key], zoom)
     return resized
 
@@ -175,9 +180,10 @@ def _turned(normals: Tensor, xx: float, xy: float, yx: float, yy: float) -> Norm
     return Normals(torch.where(invalid, float(IGNORE), turned))
 
 
-def _zoomed(depth: Tensor, factor: float) -> Depth:
-    depth = depth.as_subclass(Tensor)
-    return Depth(torch.where(depth == IGNORE, depth, depth / factor))
+def _zoomed(depth: Depth | InverseDepth, factor: float) -> Depth | InverseDepth:
+    raw = depth.as_subclass(Tensor)
+    nearer = raw * factor if isinstance(depth, InverseDepth) else raw / factor
+    return torch.where(raw == IGNORE, raw, nearer).as_subclass(type(depth))
 
 
 def _largest_share(labels: Tensor | None) -> float:

@@ -14,7 +14,7 @@ Fuse = Literal["sum", "mean", "none"]
 ScoreSource = Literal["frozen", "own"]
 Schedule = Literal["constant", "cosine"]
 Restore = Literal["bypass", "adapt", "interpolate", "transfer"]
-Recompute = Literal["none", "cheap", "frozen", "both"]
+Recompute = Literal["none", "cheap", "frozen", "both", "all"]
 ActivationDtype = Literal["same", "bf16", "int8"]
 FUSE: tuple[str, ...] = get_args(Fuse)
 SCORE_SOURCE: tuple[str, ...] = get_args(ScoreSource)
@@ -54,11 +54,14 @@ class Plan:
     """Block before which the whole grid is restored, so that the blocks behind it mend it."""
     recompute: Recompute = "none"
     """Computed again in the backward pass instead of stored: "cheap": the MLP's hidden layer in frozen blocks, the
-    outputs of LayerNorm and GELU in trained ones; "frozen": frozen blocks as a whole; "both"."""
+    outputs of LayerNorm and GELU in trained ones; "frozen": frozen blocks as a whole; "both"; "all": every block as a
+    whole, trained or not (gradient checkpointing)."""
     activation_dtype: ActivationDtype = "same"
     """In what autograd stores the large activations of the blocks: as computed, bfloat16, or 8 bits (groups of 64)."""
     prune_rate: float = 0.0
     """Share in [0, 1) of the inputs of Linears and LayerNorms that is not stored, smallest first (BackRazor)."""
+    eval_keep_rate: float | None = None
+    """Keep rate in evaluation, where tokens are cheap (nothing is stored), in (0, 1]; None: that of training."""
 
     def __post_init__(self) -> None:
         check_fields(self, "bsr")
@@ -84,6 +87,8 @@ class Plan:
         for rate in rates:
             if not 0 < rate <= 1:
                 raise ValueError(f"bsr.keep_rate must lie in (0, 1], got {rate!r}")
+        if self.eval_keep_rate is not None and not 0 < self.eval_keep_rate <= 1:
+            raise ValueError(f"bsr.eval_keep_rate must lie in (0, 1], got {self.eval_keep_rate!r}")
         blocks = _blocks("drop_blocks", self.drop_blocks)
         if isinstance(self.keep_rate, tuple):
             if len(rates) != len(blocks):
@@ -112,9 +117,14 @@ class Plan:
         rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,) * len(self.drop_blocks)
         return dict(zip(self.drop_blocks, rates, strict=True))
 
-    def keep_rate_at(self, block: int, step: int | None = None) -> float:
-        """Keep rate of a drop block at a training step; ``None``: the final one (EViT's schedule, without warm-up)."""
+    def keep_rate_at(self, block: int, step: int | None = None, *, training: bool = True) -> float:
+        """Keep rate of a drop block at a training step; ``None``: the final one (EViT's schedule, without warm-up).
+
+        ``training=False``: that of evaluation.
+        """
         final = self.keep_rates[block]
+        if not training:
+            return final if self.eval_keep_rate is None else self.eval_keep_rate
         if step is None or self.schedule == "constant" or step >= self.schedule_steps:
             return final
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / self.schedule_steps))

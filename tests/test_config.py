@@ -194,7 +194,7 @@ def test_the_command_line_overrides_fields(file, line, changes):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--bsr.keep-rte 0.5", "--bsr.keep-rte, 0.5; did you mean --bsr.keep-rate?"),
+        ("--bsr.keep-rte 0.5", "--bsr.keep-rte, 0.5; did you mean --bsr.keep-rate"),
         ("--bsr.keep-rate -0.5", "bsr.keep_rate must lie in (0, 1], got -0.5"),
         ("--train.batch-size 0", "train.batch_size must be a positive integer, got 0"),
         ("--train.batch-size x", "--train.batch-size must be an integer; got 'x'"),

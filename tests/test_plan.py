@@ -37,6 +37,8 @@ BAD = [
     ({"activation_dtype": "int4"}, "bsr.activation_dtype must be one of 'same', 'bf16', 'int8', got 'int4'"),
     ({"prune_rate": 1.0}, "bsr.prune_rate must lie in [0, 1), got 1.0"),
     ({"schedule": "cosine"}, "bsr.schedule_steps must be positive with a cosine schedule, got 0"),
+    ({"eval_keep_rate": 0.0}, "bsr.eval_keep_rate must lie in (0, 1], got 0.0"),
+    ({"eval_keep_rate": "all"}, "bsr.eval_keep_rate must be"),
     ({"schedule_steps": -1}, "bsr.schedule_steps must not be negative, got -1"),
     ({"schedule_steps": 2.5}, "bsr.schedule_steps must be an integer, got 2.5"),
     ({"restore_before": -1}, "bsr.restore_before must not be negative, got -1"),
@@ -61,6 +63,13 @@ def test_each_rate_stays_with_its_block_when_blocks_are_sorted():
 def test_one_rate_serves_all_drop_blocks():
     assert Plan(drop_blocks=[6, 3], keep_rate=0.5).keep_rates == {3: 0.5, 6: 0.5}
     assert Plan().keep_rates == {}
+
+
+def test_evaluation_may_keep_more_than_training():
+    plan = Plan(drop_blocks=(3, 6), keep_rate=(0.5, 0.4), schedule="cosine", schedule_steps=10, eval_keep_rate=0.9)
+    assert plan.keep_rate_at(6, 0) == 1 and plan.keep_rate_at(6, 10) == 0.4
+    assert plan.keep_rate_at(6, 0, training=False) == plan.keep_rate_at(3, training=False) == 0.9
+    assert Plan(drop_blocks=(3,), keep_rate=0.5).keep_rate_at(3, training=False) == 0.5
 
 
 def test_cosine_schedule_goes_from_one_to_the_keep_rate():
@@ -117,6 +126,7 @@ def plans(draw):
         activation_dtype=draw(st.sampled_from(ACTIVATION_DTYPE)),
         prune_rate=draw(st.floats(0, 1, exclude_max=True)),
         schedule_steps=draw(st.integers(0, 9)),
+        eval_keep_rate=draw(st.none() | rate),
     )
 
 

@@ -83,7 +83,7 @@ class ReprogrammedMixin(VisionTransformer):
         set_trainable(self, plan)
 
     def set_step(self, step: int) -> None:
-        """Tell the training step, for plans with a keep-rate schedule. Evaluation always uses the final rate."""
+        """Tell the training step, for plans with a keep-rate schedule. Evaluation has its own rate."""
         self.step = step
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -96,7 +96,7 @@ class ReprogrammedMixin(VisionTransformer):
     ) -> tuple[TokenState, tuple[int, int]]:
         """Images ``[B, 3, H, W]`` to the tokens behind the last block (before the final norm), and the patch grid."""
         x_BND, grid = self.embed(images)
-        rates = {b: self.plan.keep_rate_at(b, self.step if self.training else None) for b in self.plan.drop_blocks}
+        rates = {b: self.plan.keep_rate_at(b, self.step, training=self.training) for b in self.plan.drop_blocks}
         state = run_blocks(
             list(self.blocks),
             start(x_BND, self.num_prefix_tokens),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import timm
@@ -214,6 +215,18 @@ def test_schedule_goes_from_no_drop_to_the_keep_rate_in_training_only() -> None:
     assert counts == [65, 1 + 48, 33, 33]
     model.set_step(0)
     assert model.eval().forward_tokens(images(model))[0].x_BND.shape[1] == 33
+
+
+def test_evaluation_at_its_own_keep_rate_is_the_plan_with_that_rate() -> None:
+    plan = Plan(train_blocks=(5,), drop_blocks=(1, 3), keep_rate=0.3, score_source="own")
+    vit = make()
+    x = images(reprogram(vit, plan))
+    trains_on = reprogram(vit, plan).train()(x)
+    same, whole = reprogram(vit, replace(plan, keep_rate=0.7)).eval()(x), reprogram(vit, Plan(())).eval()(x)
+    model = reprogram(vit, replace(plan, eval_keep_rate=0.7))
+    assert torch.equal(model.train()(x), trains_on) and torch.equal(model.eval()(x), same)
+    assert not torch.allclose(trains_on, same)
+    torch.testing.assert_close(reprogram(vit, replace(plan, eval_keep_rate=1.0)).eval()(x), whole)
 
 
 def test_bf16_and_compile_agree() -> None:

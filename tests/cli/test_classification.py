@@ -110,7 +110,7 @@ def test_final_norm_comes_with_the_weights(job):
         (["--data.root", "nowhere"], "no such folder: nowhere"),
         (["--data.tasks", "semseg"], "data.tasks of image_folder"),
         (["--data.augment", "astmt"], "data.augment"),
-        (["--data.num-classes", "classification", "1"], "data.num_classes of classification is 1, but .* has 2 classes"),
+        (["--data.num-classes", "classification", "1"], "data.num_classes of classification is 1, but"),
         (["--data.num-classes", "depth", "1"], "data.num_classes: task"),
         (["--loss.label-smoothing", "1"], "loss.label_smoothing must lie in"),
     ],

@@ -16,8 +16,10 @@ from m3bsr.build import build_datasets, build_tasks
 from m3bsr.cli.common import one_line_errors, open_run, pick_device, write_json
 from m3bsr.cli.measure_cost import measure
 from m3bsr.config import Config, replace
+from m3bsr.engine.evaluate import Metrics
 from m3bsr.engine.precision import autocast
 from m3bsr.report.collect import Collected, collect_from
+from m3bsr.report.routing import routing_pictures
 from m3bsr.report.run import COST, run_report
 from m3bsr.tasks.base import Task
 
@@ -72,11 +74,12 @@ def write_cost(run_dir: str | Path, config: Config, model: nn.Module, repeats: i
 
 def make_reporter(
     tasks: Mapping[str, Task], dataset: Any, num: int = 2
-) -> Callable[[nn.Module], Mapping[str, np.ndarray]]:
-    """For `engine.train(reporter=...)`: pictures `{tag: uint8 [H, W, 3]}` of some images at each evaluation."""
+) -> Callable[[nn.Module, Metrics], Mapping[str, np.ndarray]]:
+    """For `engine.train(reporter=...)`: pictures `{tag: uint8 [H, W, 3]}` at each evaluation: predictions of some
+    images, and heat maps of where the validation set's tokens went."""
 
-    def report(model: nn.Module) -> Mapping[str, np.ndarray]:
-        pictures = {}
+    def report(model: nn.Module, metrics: Metrics) -> Mapping[str, np.ndarray]:
+        pictures = routing_pictures(metrics.routing)
         for sample in collect_from(model, tasks, dataset, num, longest=320).samples:
             for task, picture in sample.predictions.items():
                 both = [sample.targets[task], picture] if task in sample.targets else [picture]

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from m3bsr.engine.precision import autocast
+from m3bsr.moe.stats import RoutingCounts, routing_stats
 from m3bsr.tasks.base import Task
 
 
@@ -19,13 +20,21 @@ class Metrics(dict[str, dict[str, float]]):
     """``metrics[task][name]``, with how they were measured.
 
     ``protocol`` is ``"network"`` (labels at the size of the network's input) or ``"original"`` (predictions resized
-    bilinearly to labels of another size, normally that of the photograph).
+    bilinearly to labels of another size, normally that of the photograph). ``routing`` says per MoE block where the
+    tokens went (see ``m3bsr.moe.stats.routing_stats``); it is empty for a model without experts.
     """
 
-    def __init__(self, values: Mapping[str, dict[str, float]], protocol: str, num_images: int) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, dict[str, float]],
+        protocol: str,
+        num_images: int,
+        routing: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(values)
         self.protocol = protocol
         self.num_images = num_images
+        self.routing = dict(routing or {})
 
 
 def evaluate(
@@ -49,6 +58,7 @@ def evaluate(
     metrics = {name: task.metric() for name, task in tasks.items()}
     protocol, num_images, was_training = "network", 0, model.training
     seen: set[str] = set()
+    routing = RoutingCounts()
     model.eval()
     try:
         total = len(loader) if isinstance(loader, Sized) else None
@@ -57,16 +67,17 @@ def evaluate(
             for batch in bar:
                 images = batch["image"].to(device, non_blocking=True)
                 with autocast(device, precision):
-                    predictions = model(images, tasks=labelled(batch, tasks)).predictions
-                seen.update(predictions)
-                for name, prediction in predictions.items():
-                    for output, target in _pairs(prediction.float(), batch[name]):
+                    output = model(images, tasks=labelled(batch, tasks))
+                routing.add(output)
+                seen.update(output.predictions)
+                for name, raw in output.predictions.items():
+                    for prediction, target in _pairs(raw.float(), batch[name]):
                         target = target.to(device, non_blocking=True)
                         if tasks[name].dense:
                             if target.shape[-2:] != images.shape[-2:]:
                                 protocol = "original"
-                            output = resize(output, target.shape[-2:])
-                        metrics[name].update(output, target)
+                            prediction = resize(prediction, target.shape[-2:])
+                        metrics[name].update(prediction, target)
                 num_images += len(images)
     finally:
         model.train(was_training)
@@ -74,7 +85,8 @@ def evaluate(
         raise ValueError("nothing to evaluate: the validation set is empty")
     if unseen := [name for name in tasks if name not in seen]:
         raise ValueError(f"nothing to evaluate: the validation set has no labels for {', '.join(unseen)}")
-    return Metrics({name: metric.compute() for name, metric in metrics.items()}, protocol, num_images)
+    scores = {name: metric.compute() for name, metric in metrics.items()}
+    return Metrics(scores, protocol, num_images, routing_stats(routing.per_task()))
 
 
 def labelled(batch: Mapping[str, Any], tasks: Iterable[str]) -> tuple[str, ...]:

@@ -3,7 +3,9 @@
 Training lines hold ``kind="train", step, epoch, loss, losses {task}, balance_loss, z_loss, lr, grad_norm,
 samples_per_s, step_ms, data_wait``: means over the steps since the line before; ``step_ms`` is without waiting for
 data and ``data_wait`` the share of time that was waited. Validation lines hold ``kind="val", step, epoch, best_step,
-protocol, metrics {task: {metric}}``. ``step`` counts finished steps.
+protocol, metrics {task: {metric}}``. Models with experts add ``routing {block: {load, entropy, overlap, ...}}`` (see
+``m3bsr.moe.stats``) to both, over the steps since the line before or the whole evaluation. ``step`` counts finished
+steps.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from m3bsr.moe.stats import RoutingCounts, routing_stats
 
 
 class RunLog:
@@ -56,21 +60,25 @@ class RunLog:
 
 
 class Window:
-    """Sums since the last line of the log; plain data, so that it can go into a checkpoint."""
+    """Sums since the last line of the log; plain data and tensors, so that it can go into a checkpoint."""
 
-    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
-        self.sums: dict[str, float] = dict(sums or {})
+    def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
+        self.sums: dict[str, Any] = dict(sums or {})
 
     def add(self, **values: float) -> None:
         for name, value in {**values, "steps": 1.0}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def pop_means(self) -> dict[str, float]:
-        """Mean of each value per step; starts anew."""
-        steps = self.sums.pop("steps")
+    def add_routing(self, output: Any) -> None:
+        """Count where a forward pass sent its tokens, on the device and without waiting for it."""
+        RoutingCounts(self.sums.setdefault("routing", {})).add(output)
+
+    def pop_means(self) -> dict[str, Any]:
+        """Mean of each value per step, and the statistics of ``routing`` if there was any; starts anew."""
+        steps, counts = self.sums.pop("steps"), RoutingCounts(self.sums.pop("routing", {})).per_task()
         means = {name: value / steps for name, value in self.sums.items()}
         self.sums = {}
-        return means
+        return {**means, "routing": routing_stats(counts)} if counts else means
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ class Progress:
     best_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     num_overflows: int = 0
     """Steps that the fp16 loss scaler skipped."""
-    window: dict[str, float] = field(default_factory=dict)
+    window: dict[str, Any] = field(default_factory=dict)
     """Sums since the last line of the log."""
 
     def note_evaluation(self, metrics: Metrics, score: float) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from m3bsr.engine.evaluate import evaluate, labelled, score
+from m3bsr.engine.evaluate import Metrics, evaluate, labelled, score
 from m3bsr.engine.finite import NonFiniteError, check_finite
 from m3bsr.engine.loader import eval_loader, steps_in_epoch, steps_in_run, train_loader
 from m3bsr.engine.log import RunLog, Window
@@ -69,7 +69,7 @@ def train(
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: bool = False,
-    reporter: Callable[[nn.Module], Mapping[str, np.ndarray]] | None = None,
+    reporter: Callable[[nn.Module, Metrics], Mapping[str, np.ndarray]] | None = None,
     tensorboard: bool = True,
     progress_bar: bool = True,
 ) -> TrainResult:
@@ -89,7 +89,8 @@ def train(
         loss_stride: training losses at ``1 / loss_stride`` of the image size: full-size logits can dominate memory.
         eval_every: epochs between evaluations; 0 evaluates at the end only.
         resume: go on from the newest whole checkpoint of ``run_dir``, to the same bits as without the interruption.
-        reporter: called after each evaluation for pictures ``{tag: uint8 [H, W, 3]}`` that go to TensorBoard.
+        reporter: called with the model and its metrics after each evaluation for pictures
+            ``{tag: uint8 [H, W, 3]}`` that go to TensorBoard.
 
     Raises:
         ValueError: too few images for a step, a precision that the device lacks, a checkpoint of another model.
@@ -137,8 +138,8 @@ def train(
                 except _StoppedError:
                     break
                 is_best = at.note_evaluation(metrics, score(metrics, tasks))
-                log.write(_val_record(at, epoch_steps))
-                log.pictures(at.step, reporter(model) if reporter else {})
+                log.write(_val_record(at, epoch_steps, metrics.routing))
+                log.pictures(at.step, reporter(model, metrics) if reporter else {})
                 if is_best:
                     saver.save("best", at)
                 saver.save("last", at, must=at.step == total_steps)
@@ -161,6 +162,7 @@ def train(
                 # forward
                 with autocast(device, precision):
                     output = model(images, tasks=tuple(targets), size=loss_size(images, loss_stride))
+                window.add_routing(output)
                 # losses, in float32 whatever the precision
                 parts = task_losses(output, targets, tasks, weights, balance_weight, z_weight)
                 # backward
@@ -228,7 +230,7 @@ class _until:
 
 
 def _train_record(
-    at: Progress, epoch_steps: int, means: dict[str, float], lr: float, images_per_step: int
+    at: Progress, epoch_steps: int, means: dict[str, Any], lr: float, images_per_step: int
 ) -> dict[str, Any]:
     step_ms, wait_ms = means.pop("step_ms"), means.pop("wait_ms")
     losses = {name.removeprefix("losses/"): means.pop(name) for name in list(means) if name.startswith("losses/")}
@@ -245,8 +247,8 @@ def _train_record(
     }
 
 
-def _val_record(at: Progress, epoch_steps: int) -> dict[str, Any]:
-    return {
+def _val_record(at: Progress, epoch_steps: int, routing: Mapping[str, Any]) -> dict[str, Any]:
+    record = {
         "kind": "val",
         "step": at.step,
         "epoch": at.step / epoch_steps,
@@ -254,3 +256,4 @@ def _val_record(at: Progress, epoch_steps: int) -> dict[str, Any]:
         "protocol": at.protocol,
         "metrics": at.metrics,
     }
+    return {**record, "routing": routing} if routing else record

@@ -12,7 +12,8 @@ from m3bsr.report.collect import Collected
 from m3bsr.report.curves import Series, training_curves
 from m3bsr.report.html import Column, Section
 from m3bsr.report.panels import Group, Picture, expert_group, token_group
-from m3bsr.report.run import COST, MB, curves, load_tables, read_json
+from m3bsr.report.routing import load_maps, of_pictures
+from m3bsr.report.run import COST, MB, curves, read_json
 from m3bsr.tasks import TASKS
 
 
@@ -126,7 +127,7 @@ def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
         for sample in runs.samples[:1]
         if sample.experts
     ]
-    loads = "".join(f"<h3>{name}</h3>{load_tables(runs)}" for name, runs in collected.items() if runs.load)
+    loads = "".join(f"<h3>{name}</h3>{load_maps(of_pictures(runs))}" for name, runs in collected.items() if runs.load)
     return [
         Section("Predictions", html.picture_groups(groups)),
         Section("Tokens kept", html.picture_groups(dropped), "Greyed patches were dropped."),

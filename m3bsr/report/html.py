@@ -140,13 +140,26 @@ def _class(*names: str | bool) -> str:
     return f' class="{used}"' if used else ""
 
 
-def heat_map(rows: Mapping[str, Sequence[float]], extra: Mapping[str, str], extra_label: str) -> str:
-    """A table of shares in per cent, darker where higher; `extra` is one more text for each row."""
+def heat_map(
+    rows: Mapping[str, Sequence[float]],
+    extra: Mapping[str, str] | None = None,
+    extra_label: str = "",
+    *,
+    corner: str = "expert",
+    columns: Sequence[str] | None = None,
+) -> str:
+    """A table of shares in per cent, darker where higher.
+
+    Args:
+        extra: one more text for each row, under the label `extra_label`.
+        columns: names of the columns, their numbers by default; `corner` says what they are.
+    """
     if not rows:
         return ""
     width = max(len(values) for values in rows.values())
     top = max((max(values, default=0) for values in rows.values()), default=0) or 1
-    head = "".join(f"<th>{i}</th>" for i in range(width))
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in columns or range(width))
+    last = f"<th>{html.escape(extra_label)}</th>" if extra else ""
     lines = []
     for name, values in rows.items():
         cells = "".join(
@@ -154,9 +167,10 @@ def heat_map(rows: Mapping[str, Sequence[float]], extra: Mapping[str, str], extr
             f'{";color:var(--card)" if value > 0.6 * top else ""}">{100 * value:.0f}</td>'
             for value in values
         )
-        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}<th>{html.escape(extra.get(name, ''))}</th></tr>")
+        end = f"<th>{html.escape(extra.get(name, ''))}</th>" if extra else ""
+        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}{end}</tr>")
     return (
-        f'<div class="scroll"><table class="heat"><thead><tr><th>expert</th>{head}<th>{html.escape(extra_label)}</th>'
+        f'<div class="scroll"><table class="heat"><thead><tr><th>{html.escape(corner)}</th>{head}{last}'
         f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 

@@ -96,6 +96,14 @@ def grid_lines(grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     return first_row[:, None] | first_column[None, :]
 
 
+def heat_picture(values_RC: np.ndarray, top: float | None = None, cell: int = 16) -> np.ndarray:
+    """A matrix as squares of `cell` pixels, white for 0 to dark blue for `top` (by default the largest value)."""
+    share_RC = np.clip(values_RC / max(values_RC.max() if top is None else top, 1e-12), 0, 1)
+    white, dark = np.array([255.0, 255.0, 255.0]), np.array([8.0, 48.0, 107.0])
+    colours = (white + share_RC[..., None] * (dark - white)).round().astype(np.uint8)
+    return np.repeat(np.repeat(colours, cell, axis=0), cell, axis=1)
+
+
 def shrink(picture: np.ndarray, longest: int) -> np.ndarray:
     """The picture with its longer side at most `longest` pixels (every n-th pixel: labels must not blend)."""
     step = math.ceil(max(picture.shape[:2]) / longest)

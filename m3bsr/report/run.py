@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from m3bsr.report.collect import Collected
 from m3bsr.report.curves import Series, training_curves
 from m3bsr.report.html import Column, Section
 from m3bsr.report.panels import expert_group, task_group, token_group
+from m3bsr.report.routing import routing_section
 from m3bsr.tasks import TASKS
 
 REPORT, COST = "report.html", "cost.json"
@@ -39,7 +39,7 @@ def run_report(run_dir: str | Path, collected: Collected | None = None, title: s
         Section("Summary", summary(config, result, cost, records)),
         Section("Metrics", metrics_table(result, records), protocol_note(result, records)),
         Section("Curves", curves(training_curves(records))),
-        *picture_sections(collected),
+        *picture_sections(collected, routing_section(records, collected)),
         Section("Cost", cost_table(cost), cost_note(cost)),
         Section("Config", config_table(config)),
     ]
@@ -147,11 +147,9 @@ def protocol_note(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     return notes.get(protocol, "")
 
 
-def picture_sections(collected: Collected | None) -> list[Section]:
-    """Predictions, dropped tokens, experts."""
-    if collected is None:
-        return []
-    samples = collected.samples
+def picture_sections(collected: Collected | None, load: Section) -> list[Section]:
+    """Predictions, dropped tokens, load and choice of experts."""
+    samples = collected.samples if collected is not None else ()
     return [
         Section("Predictions", html.picture_groups([task_group(sample) for sample in samples])),
         Section(
@@ -159,35 +157,13 @@ def picture_sections(collected: Collected | None) -> list[Section]:
             html.picture_groups([token_group(sample) for sample in samples]),
             "Greyed patches were dropped; they come back by the plan's way of restoring before the heads.",
         ),
-        Section(
-            "Expert load",
-            load_tables(collected),
-            f"Share of choices in per cent, over {len(samples)} photographs and all choices of a token. "
-            "Entropy is 100 % when all experts are used alike.",
-        ),
+        load,
         Section(
             "Experts chosen",
             html.picture_groups([expert_group(sample) for sample in samples], small=True, longest=240),
             "First choice of each patch in colour; grey where it had been dropped.",
         ),
     ]
-
-
-def load_tables(collected: Collected) -> str:
-    """A heat map per MoE block: a row per task, a column per expert."""
-    parts = []
-    for block, by_task in collected.load.items():
-        shares = {task: [c / max(sum(counts), 1) for c in counts] for task, counts in by_task.items()}
-        entropies = {task: f"{100 * entropy(values):.0f} %" for task, values in shares.items()}
-        parts.append(f"<h3>block {block}</h3>{html.heat_map(shares, entropies, 'entropy')}")
-    return "".join(parts)
-
-
-def entropy(shares: Sequence[float]) -> float:
-    """Entropy over its maximum, in 0..1; 1 with a single expert."""
-    if len(shares) < 2:
-        return 1.0
-    return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(shares))
 
 
 def cost_table(cost: Mapping[str, Any]) -> str:

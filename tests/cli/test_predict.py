@@ -14,6 +14,7 @@ from m3bsr.build import build_model, build_tasks
 from m3bsr.cli import measure_cost, predict, report
 from m3bsr.config import Config, replace
 from m3bsr.engine import save_checkpoint
+from m3bsr.engine.evaluate import Metrics
 
 TINY = {
     "data.tasks": ("semseg", "depth", "normals", "edge"),
@@ -181,6 +182,13 @@ def test_pictures_for_the_log() -> None:
 
     config = replace(Config(), {**TINY, "data.tasks": ("semseg", "depth")})
     model = build_model(config)
-    pictures = report.make_reporter(build_tasks(config), Rooms(), 2)(model)
+    found = {"load": {"semseg": [1.0, 0.0], "depth": [0.5, 0.5]}, "overlap": {"semseg+depth": 0.5}}
+    metrics = Metrics({}, "network", 3, {"3": found})
+    pictures = report.make_reporter(build_tasks(config), Rooms(), 2)(model, metrics)
+    heat_maps = {tag: pictures.pop(tag) for tag in list(pictures) if tag.startswith("routing/")}
+    assert {tag: p.shape for tag, p in heat_maps.items()} == {
+        "routing/load/block 3": (32, 32, 3),
+        "routing/overlap/block 3": (32, 32, 3),
+    }
     assert set(pictures) == {"semseg/0", "semseg/2", "depth/0", "depth/2"}
     assert pictures["depth/2"].shape == (48, 128, 3)  # ground truth and prediction side by side

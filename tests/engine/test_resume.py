@@ -28,10 +28,10 @@ def log_without_times(path):
 
 def interrupted(tiny, run_dir, at_step, signum=signal.SIGTERM, **kwargs):
     """Run until ``signum`` comes in step ``at_step`` (0-based), then once more with new objects to the end."""
-    shape = {k: v for k, v in kwargs.items() if k in ("epochs", "batch_size", "accumulate", "max_steps")}
+    shape = {k: v for k, v in kwargs.items() if k in ("epochs", "batch_size", "accumulate", "max_steps", "experts")}
     parts = tiny.make_parts(**shape)
     parts[0].on_step = lambda step: os.kill(os.getpid(), signum) if step == at_step else None
-    _, stopped = tiny.run(run_dir, parts=parts, **kwargs)
+    _, stopped = tiny.run(run_dir, parts=parts, **{k: v for k, v in kwargs.items() if k != "experts"})
     assert stopped.stopped_by == signum
     assert stopped.progress.step == at_step + 1
     model, result = tiny.run(run_dir, resume=True, **kwargs)
@@ -47,8 +47,9 @@ def interrupted(tiny, run_dir, at_step, signum=signal.SIGTERM, **kwargs):
         (3, {}),
         (5, {}),
         (5, {"precision": "bf16", "accumulate": 2, "log_every": 3, "epochs": 4}),
+        (4, {"log_every": 3, "epochs": 2, "experts": True}),
     ],
-    ids=["first step", "end of an epoch", "within an epoch", "bf16, accumulated, within a log window"],
+    ids=["first step", "end of an epoch", "within an epoch", "bf16, accumulated, within a log window", "experts"],
 )
 def test_stop_and_resume_is_bit_equal(tiny, tmp_path, at_step, kwargs):
     whole, _ = tiny.run(tmp_path / "whole", **kwargs)

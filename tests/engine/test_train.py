@@ -10,6 +10,7 @@ import torch
 
 from m3bsr.engine import NonFiniteError, read_log
 from m3bsr.engine.checkpoint import load_state, verify_checkpoint
+from m3bsr.moe.stats import RoutingCounts
 
 
 def test_loss_falls_and_frozen_parameters_keep_their_bits(tiny, tmp_path):
@@ -122,7 +123,9 @@ def test_eval_every_zero_evaluates_once_and_max_steps_ends_early(tiny, tmp_path)
 
 def test_log_lines_average_their_steps_and_are_json(tiny, tmp_path):
     tiny.run(tmp_path / "each", epochs=1)
-    tiny.run(tmp_path / "pairs", epochs=1, log_every=2, tensorboard=True, reporter=lambda model: {"a": PICTURE})
+    tiny.run(
+        tmp_path / "pairs", epochs=1, log_every=2, tensorboard=True, reporter=lambda model, metrics: {"a": PICTURE}
+    )
     each = [json.loads(line) for line in (tmp_path / "each" / "log.jsonl").read_text().splitlines()]
     pairs = [json.loads(line) for line in (tmp_path / "pairs" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in pairs] == [2, 4, 4]
@@ -138,6 +141,40 @@ def test_log_lines_average_their_steps_and_are_json(tiny, tmp_path):
 
 
 PICTURE = np.zeros((4, 6, 3), dtype=np.uint8)
+
+
+def test_log_lines_say_where_tokens_went(tiny, tmp_path):
+    def reporter(model, metrics):
+        assert metrics.routing["5"]["load"].keys() == {"depth", "semseg"}
+        return {"a": PICTURE}
+
+    options = {"epochs": 1, "accumulate": 2, "log_every": 2, "tensorboard": True, "experts": True}
+    tiny.run(tmp_path / "a", reporter=reporter, **options)
+    records = read_log(tmp_path / "a" / "log.jsonl")
+    assert [r["kind"] for r in records] == ["train", "val"]
+    for record in records:
+        found = record["routing"]["5"]
+        assert all(sum(load) == pytest.approx(1, abs=1e-3) and len(load) == 4 for load in found["load"].values())
+        assert max(max(load) for load in found["load"].values()) <= 0.5  # a token never takes an expert twice
+        assert 0 < found["overlap"]["depth+semseg"] < 1 and 0 < found["entropy"]["depth"] <= 1
+    assert records[0]["routing"] != records[1]["routing"]
+    assert not any("routing" in name for name in records[0]["losses"])
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(tmp_path / "a")).Reload()
+    for kind, record in (("train", records[0]), ("val", records[1])):
+        (event,) = board.Scalars(f"{kind}/routing/5/entropy/semseg")
+        assert event.value == pytest.approx(record["routing"]["5"]["entropy"]["semseg"])
+    tiny.run(tmp_path / "b", epochs=1)
+    assert not any("routing" in record for record in read_log(tmp_path / "b" / "log.jsonl"))
+
+
+def test_counting_routes_does_not_wait_for_the_device(tiny, tmp_path, monkeypatch):
+    """Between two log lines nothing is read: a GPU would have to be waited for."""
+    read = []
+    per_task = RoutingCounts.per_task
+    monkeypatch.setattr(RoutingCounts, "per_task", lambda self: read.append(1) or per_task(self))
+    tiny.run(tmp_path, epochs=2, log_every=4, eval_every=0, experts=True)
+    assert len(read) == 3  # two lines and one evaluation, for 8 steps
 
 
 def test_fp16_without_cuda_and_too_few_images_are_user_errors(tiny, tmp_path):

@@ -12,6 +12,7 @@ from m3bsr.engine import train
 from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.schedule import make_schedule
+from m3bsr.moe import Routing
 from m3bsr.tasks import TASKS
 
 CONFIG = {"name": "tiny"}
@@ -37,10 +38,14 @@ class TinySet(torch.utils.data.Dataset):
 
 
 class TinyModel(nn.Module):
-    """A trunk with a frozen layer and dropout, a head per task."""
+    """A trunk with a frozen layer and dropout, a head per task; with experts it says which of 4 the pixels would take.
 
-    def __init__(self, width=6, dropout=0.2):
+    The choices change with the weights and the dropout, so they differ from step to step.
+    """
+
+    def __init__(self, width=6, dropout=0.2, experts=False):
         super().__init__()
+        self.experts = experts
         self.stem = nn.Conv2d(3, width, 1).requires_grad_(False)
         self.trunk = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Dropout(dropout))
         self.heads = nn.ModuleDict({"depth": nn.Conv2d(width, 1, 1), "semseg": nn.Conv2d(width, 3, 1)})
@@ -56,13 +61,30 @@ class TinyModel(nn.Module):
         predictions = {task: self.heads[task](x) for task in tasks}
         if size is not None:
             predictions = {t: nn.functional.interpolate(p, size=size) for t, p in predictions.items()}
-        return SimpleNamespace(predictions=predictions, balance_loss=x.square().mean(), z_loss=x.new_zeros(()))
+        output = SimpleNamespace(predictions=predictions, balance_loss=x.square().mean(), z_loss=x.new_zeros(()))
+        if self.experts:
+            pixels_TC = torch.cat([x, x.square()]).transpose(1, 3).flatten(0, 2)
+            experts_TK = pixels_TC[:, :4].topk(2).indices
+            weights_TK = torch.full_like(experts_TK, 0.5, dtype=torch.float32)
+            output.routing = {5: Routing(weights_TK, experts_TK, output.z_loss, output.z_loss, 4, tuple(tasks))}
+        return output
 
 
-def make_parts(*, epochs=2, batch_size=3, accumulate=1, max_steps=None, lr=0.05, width=6, dropout=0.2, train_set=None):
+def make_parts(
+    *,
+    epochs=2,
+    batch_size=3,
+    accumulate=1,
+    max_steps=None,
+    lr=0.05,
+    width=6,
+    dropout=0.2,
+    train_set=None,
+    experts=False,
+):
     """Model, tasks, data, optimizer and schedule of a run of 4 steps an epoch."""
     torch.manual_seed(0)
-    model = TinyModel(width, dropout)
+    model = TinyModel(width, dropout, experts)
     tasks = {"depth": TASKS["depth"](), "semseg": TASKS["semseg"](num_classes=3)}
     train_set = train_set or TinySet()
     optimizer = make_optimizer("adamw", model, lr=lr)
@@ -77,7 +99,7 @@ def run(run_dir, *, parts=None, **kwargs):
     """Train the tiny model; keyword arguments are those of ``train``."""
     shape = {"epochs": 2, "batch_size": 3, "accumulate": 1, "max_steps": None}
     shape |= {name: kwargs.pop(name) for name in list(kwargs) if name in shape}
-    parts = parts or make_parts(**shape)
+    parts = parts or make_parts(**shape, experts=kwargs.pop("experts", False))
     kwargs = {"log_every": 1, "tensorboard": False, "progress_bar": False, "balance_weight": 0.01, **kwargs}
     return parts[0], train(*parts, run_dir=run_dir, config_dict=CONFIG, **shape, **kwargs)
 

@@ -14,7 +14,9 @@ from PIL import Image
 from m3bsr.report import compare_report, comparison_row, run_report
 from m3bsr.report.curves import line_chart, tick_label, ticks, training_curves
 from m3bsr.report.html import Column, Section, data_uri, heat_map, number, page, table, write_report
-from m3bsr.report.run import duration, entropy
+from m3bsr.report.panels import heat_picture
+from m3bsr.report.routing import routing_pictures
+from m3bsr.report.run import duration
 
 LOG = [
     *(
@@ -190,12 +192,47 @@ def test_ticks_enclose_and_are_round(low: float, high: float) -> None:
     assert len({tick_label(t) for t in found}) == len(found)
 
 
-def test_heat_map_and_entropy() -> None:
+def test_heat_map() -> None:
     text = heat_map({"semseg": [0.5, 0.5], "depth": [1.0, 0.0]}, {"semseg": "100 %"}, "entropy")
-    assert text.count("<td") == 4 and ">50<" in text and "100 %" in text
-    assert entropy([0.25] * 4) == pytest.approx(1.0)
-    assert entropy([1.0, 0.0]) == 0.0
-    assert entropy([1.0]) == 1.0
+    assert text.count("<td") == 4 and ">50<" in text and "100 %" in text and ">entropy<" in text
+    named = heat_map({"a": [0.0, 1.0]}, corner="from", columns=["<x>", "y"])
+    assert re.findall(r"<th>(.*?)</th>", named) == ["from", "&lt;x&gt;", "y", "a"]
+
+
+ROUTING = {
+    "9": {
+        "load": {"semseg": [0.5, 0.5, 0.0], "depth": [0.2, 0.8, 0.0]},
+        "entropy": {"semseg": 0.6309, "depth": 0.4555},
+        "overlap": {"semseg+depth": 0.7},
+        "num_dead": 1,
+        "dead": [2],
+    }
+}
+
+
+def test_a_run_with_experts_shows_their_load(run_dir) -> None:
+    lines = [{**line, "routing": ROUTING} for line in LOG]
+    (run_dir / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = run_report(run_dir).read_text()
+    section = text[text.index('<section id="expert-load">') :]
+    section = section[: section.index("</section>")]
+    assert "Over the validation set" in section and "<h3>block 9</h3>" in section
+    assert " ".join(re.findall(r"<td[^>]*>(\d+)</td>", section)) == "50 50 0 20 80 0 100 70 70 100"
+    assert "63 %" in section and "46 %" in section and "dead experts: 1: 2" in section
+    assert "entropy: block 9" in section and section.count("<polyline") == 2
+    (run_dir / "log.jsonl").write_text(json.dumps(LOG[-1]) + "\n")
+    assert "Expert load" not in run_report(run_dir).read_text()
+
+
+def test_heat_maps_as_pictures() -> None:
+    pictures = routing_pictures(ROUTING)
+    load, overlap = pictures["routing/load/block 9"], pictures["routing/overlap/block 9"]
+    assert load.shape == (32, 48, 3) and overlap.shape == (32, 32, 3) and load.dtype == np.uint8
+    assert load[0, 32:].min() == 255  # 0 is white
+    assert load[16, 16].tolist() == [8, 48, 107] == overlap[0, 0].tolist()
+    assert load[0, 0].tolist() == load[15, 31].tolist() and load[0, 0, 0] > load[16, 16, 0]
+    assert (heat_picture(np.zeros((1, 2))) == 255).all()
+    assert routing_pictures({}) == {}
 
 
 def test_durations() -> None:

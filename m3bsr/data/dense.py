@@ -134,7 +134,7 @@ class DenseImages(Dataset, ABC):
         name, found = self.names[index], []
         try:
             image: Tensor | None = self.read_image(name)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             image = None
             found.append(str(error))
         for task in self.dense_tasks:
@@ -144,7 +144,7 @@ class DenseImages(Dataset, ABC):
                     self._target(task, name, image)
                 elif path is not None:
                     self.read_target(task, path, name)
-            except (ValueError, FileNotFoundError) as error:
+            except (ValueError, OSError) as error:
                 found.append(str(error))
         return found
 

@@ -69,7 +69,8 @@ READERS: dict[str, dict[str, Callable[[Path], Tensor]]] = {
 class Folder(DenseImages):
     """One split of a folder of own data; see :class:`m3bsr.data.dense.DenseImages` for arguments and samples.
 
-    ``classification`` gives an int64 scalar, ``NO_CLASS`` for images that are not in the table.
+    ``classification`` gives an int64 scalar, ``NO_CLASS`` for images that are not in the table. ``class_names`` holds
+    the tasks whose classes have names: in ``<task>.txt``, one a line, or in the table.
     """
 
     known_tasks: ClassVar[tuple[str, ...]] = (*READERS, "classification")
@@ -89,6 +90,10 @@ class Folder(DenseImages):
                 )
         self.labels = {task: _by_name(self.root / task, tuple(READERS[task])) for task in self.dense_tasks}
         self.classes = read_classes_of(self.root) if "classification" in self.tasks else {}
+        names = {task: names_of(self.root, task) for task in WITH_CLASSES}
+        self.class_names = {task: found for task, found in names.items() if found}  # type: ignore[misc]
+        if self.classes:
+            self.class_names["classification"] = tuple(sorted(set(self.classes.values())))
         return split_names(self.root, self.split, sorted(self.images))
 
     @classmethod
@@ -119,23 +124,19 @@ class Folder(DenseImages):
         return self.labels[task].get(name)
 
     def read_target(self, task: str, path: Path, name: str) -> Tensor:
-        return READERS[task][path.suffix.lower()](path)
+        target = READERS[task][path.suffix.lower()](path)
+        names = self.class_names.get(task, ()) if task in WITH_CLASSES else ()
+        if names and (wrong := (target != IGNORE) & (target >= len(names))).any():
+            raise ValueError(f"{path}: label {int(target[wrong][0])} is out of range; {task}.txt names {len(names)}")
+        return target
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
         if "classification" in self.tasks:
-            known = sorted(set(self.classes.values()))
             label = self.classes.get(sample["name"])
+            known = self.class_names["classification"]
             sample["classification"] = torch.tensor(NO_CLASS if label is None else known.index(label))
         return sample
-
-    @property
-    def class_names(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
-        """Of the tasks whose classes have names: in ``<task>.txt``, one a line, or in the table of classes."""
-        names = {task: names_of(self.root, task) for task in WITH_CLASSES}
-        if self.classes:
-            names["classification"] = tuple(sorted(set(self.classes.values())))
-        return {task: found for task, found in names.items() if found}
 
     @classmethod
     def read_task_kwargs(cls, root: str | Path) -> dict[str, dict[str, Any]]:

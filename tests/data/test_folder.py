@@ -119,6 +119,10 @@ def test_the_number_of_classes_is_found_or_named(root):
     (root / "semseg.txt").write_text("\n".join("abcdefg"))
     assert Folder.read_task_kwargs(root)["semseg"] == {"num_classes": 7}
     assert Folder(root, "train", ("semseg",)).class_names == {"semseg": tuple("abcdefg")}
+    (root / "semseg.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match=r"semseg/photo 2.png: label 2 is out of range; semseg.txt names 2"):
+        for sample in Folder(root, "train", ("semseg",)), Folder(root, "val", ("semseg",)):
+            _all(sample)
     (root / "semseg.txt").write_text("a\na\n")
     with pytest.raises(ValueError, match="semseg.txt: expected the names of the classes, one a line, each once"):
         Folder.read_task_kwargs(root)

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from m3bsr.heads.aspp import ASPPHead
 from m3bsr.heads.classifier import ClassifierHead
 from m3bsr.heads.light import LightHead
+from m3bsr.heads.pyramid import PyramidHead
 from m3bsr.heads.upsample import UpsampleHead, load_published_head
 
-HEADS: dict[str, type[nn.Module]] = {"upsample": UpsampleHead, "light": LightHead}
+HEADS: dict[str, type[nn.Module]] = {
+    "upsample": UpsampleHead,
+    "light": LightHead,
+    "aspp": ASPPHead,
+    "pyramid": PyramidHead,
+}
 
 
 def set_output_bias(head: nn.Module, value: float) -> None:
@@ -20,4 +27,13 @@ def set_output_bias(head: nn.Module, value: float) -> None:
     nn.init.constant_(head.get_submodule("logits").get_parameter("bias"), value)
 
 
-__all__ = ["HEADS", "ClassifierHead", "LightHead", "UpsampleHead", "load_published_head", "set_output_bias"]
+__all__ = [
+    "HEADS",
+    "ASPPHead",
+    "ClassifierHead",
+    "LightHead",
+    "PyramidHead",
+    "UpsampleHead",
+    "load_published_head",
+    "set_output_bias",
+]

@@ -78,8 +78,31 @@ def test_costs_are_as_documented():
     """GMACs at 480x640, embed_dim 384, 40 classes: the numbers in the docstrings."""
     assert gmacs("upsample", 384, (30, 40)) == pytest.approx(61.3, abs=0.1)
     assert gmacs("light", 384, (30, 40)) == pytest.approx(0.19, abs=0.01)
+    assert gmacs("aspp", 384, (30, 40)) == pytest.approx(0.89, abs=0.01)
+    assert gmacs("pyramid", 384, (30, 40)) == pytest.approx(1.00, abs=0.01)
     # At 240x320 ViT-tiny takes about 1.8 GMACs; a light head must be a small part of that.
     assert gmacs("light", 192, (15, 20)) < 0.05
+
+
+@pytest.mark.parametrize(("name", "furthest"), [("light", 2), ("pyramid", 6), ("aspp", 40)])
+def test_how_far_a_head_looks(name, furthest):
+    """Outputs that a change of the first patch of 41 reaches; the mean in ASPP reaches all."""
+    torch.manual_seed(0)
+    head = HEADS[name](16, 1, head_dim=16).eval()
+    for module in head.modules():
+        if isinstance(module, torch.nn.GroupNorm):  # its statistics reach everywhere in any head
+            module.forward = lambda x: x
+    x = torch.randn(1, 16, 1, 41)
+    changed = torch.cat([torch.randn(1, 16, 1, 1), x[..., 1:]], dim=-1)
+    with torch.no_grad():
+        moved = (head(changed, (1, 41)) - head(x, (1, 41)))[0, 0, 0].abs() > 1e-7
+    assert moved[0] and int(moved.nonzero().max()) == furthest
+
+
+@pytest.mark.parametrize("name", ["light", "aspp", "pyramid"])
+def test_a_head_without_width_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} head: head_dim must be at least 1, got 0"):
+        HEADS[name](16, 1, head_dim=0)
 
 
 def test_published_head_parity():

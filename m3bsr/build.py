@@ -25,6 +25,7 @@ from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.schedule import make_schedule
 from m3bsr.heads import HEADS, ClassifierHead, set_output_bias
 from m3bsr.models import MultiTaskModel, is_model_state, load_model_weights
+from m3bsr.methods import find_method
 from m3bsr.tasks import TASKS
 from m3bsr.tasks.base import Task
 from m3bsr.utils.log import get_logger
@@ -125,18 +126,18 @@ def _build_backbone(
     return backbone, {**classifiers}
 
 
-def _load(config: Config, model: MultiTaskModel) -> None:
-    """Weights of ``config.model.weights``: timm's hub, a backbone file, or the whole model of another run."""
-    name, moe = config.model.weights, config.moe
+def _read(config: Config) -> Any:
+    """What ``config.model.weights`` names: a state dict, or the path of a file in JAX layout; None for nothing."""
+    name = config.model.weights
     if name == "timm":
         dense = DENSE_NAMES.get(config.model.backbone, config.model.backbone)
-        source: Any = timm.create_model(dense, pretrained=True).state_dict()
-    else:
-        source = name if name.endswith(".npz") else read_weights(name)
-    if isinstance(source, dict) and is_model_state(source):
-        fresh = load_model_weights(model, source, name)
-        log.info("%s: model of another run%s", name, f", fresh: {', '.join(fresh)}" if fresh else "")
-        return
+        return timm.create_model(dense, pretrained=True).state_dict()
+    return name if name.endswith(".npz") else read_weights(name) if name else None
+
+
+def _load_backbone(config: Config, model: MultiTaskModel, source: Any) -> None:
+    """Weights of a backbone, its MLPs upcycled to experts; final layers go to the classifiers."""
+    name, moe = config.model.weights, config.moe
     report = load_weights(model.backbone, source, upcycle=moe.upcycle, noise=moe.upcycle_noise, name=name)
     for head in model.heads.values():
         if isinstance(head, ClassifierHead):
@@ -159,7 +160,9 @@ def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
 
 
 def build_model(config: Config) -> MultiTaskModel:
-    """Backbone, heads and weights, with ``config.bsr`` applied: frozen parameters have ``requires_grad=False``."""
+    """Backbone, heads and weights, to be fine-tuned by ``config.model.method``: what stays frozen has
+    ``requires_grad=False``."""
+    method, value = find_method(config.model.method)
     tasks = build_tasks(config)
     backbone, heads = _build_backbone(config, {n: task.num_channels for n, task in tasks.items() if not task.dense})
     dense_head = lookup(HEADS, config.model.head, "model.head")
@@ -168,9 +171,14 @@ def build_model(config: Config) -> MultiTaskModel:
             heads[name] = dense_head(backbone.embed_dim, task.num_channels, head_dim=config.model.head_dim)
             set_output_bias(heads[name], task.output_bias)
     model = MultiTaskModel(backbone, {name: heads[name] for name in tasks})
-    backbone.set_plan(config.bsr)
-    if config.model.weights:
-        _load(config, model)
+    backbone.set_plan(method.plan(config.bsr, len(backbone.blocks), value))
+    source = _read(config)
+    is_model = isinstance(source, dict) and is_model_state(source)
+    if source is not None and not is_model:
+        _load_backbone(config, model, source)
+    method.change(model, value)
+    if is_model:
+        _load_model(config, model, source)
     return model
 
 
@@ -180,6 +188,12 @@ def build_datasets(config: Config, target_size: str = "network") -> tuple[Datase
     dataset = lookup(DATASETS, data.name, "data.name")
     train = dataset(
         data.root,
+def _load_model(config: Config, model: MultiTaskModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Weights of the whole model of another run."""
+    fresh = load_model_weights(model, state, config.model.weights)
+    log.info("%s: model of another run%s", config.model.weights, f", fresh: {', '.join(fresh)}" if fresh else "")
+
+
         data.train_split,
         data.tasks,
         transform=transform_of(config, train=True),

@@ -103,6 +103,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
+    method: str = "bsr"
+    """How to fine-tune: bsr (the plan in section bsr), full, head, last:BLOCKS, bitfit, norm, lora[:RANK],
+    adapter[:WIDTH], token_drop[:KEEP], checkpointing, backrazor[:PRUNE] (see m3bsr.methods.METHODS). All but bsr put
+    the plan aside; token_drop takes where and how it drops."""
     """Mixtures of experts."""
 
     blocks: tuple[int, ...] | None = None

@@ -21,7 +21,7 @@ LAYERS = (
     {"bsr", "metrics", "losses", "cost"},
     {"moe", "heads", "tasks"},
     {"backbones", "data"},
-    {"models"},
+    {"models", "methods"},
     {"build", "engine"},
     {"report", "cli"},
     {""},  # m3bsr/__init__.py: the public names, for users only

@@ -62,6 +62,8 @@ def choose_storage(plan: Plan, packer: Packer | None, block: nn.Module, trained:
     keep = packer.run if packer is not None else call
     stretch = packer.recompute if packer is not None else recompute
     whole = partial(_recompute_packed, packer) if packer is not None else recompute
+    if plan.recompute == "all":
+        return Storage(whole, whole, drop=keep)
     if trained:
         return Storage(keep, keep, stretch if plan.recompute in ("cheap", "both") else call, keep)
     if plan.recompute in ("frozen", "both"):

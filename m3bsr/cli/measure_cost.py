@@ -20,7 +20,8 @@ from m3bsr.report.html import number
 from m3bsr.report.run import megabytes
 
 DESCRIPTION = (
-    "Cost of a training step of CONFIG on synthetic images; --json prints JSON, --repeats N times N steps (default 5)."
+    "Cost of a training step of CONFIG on synthetic images; --method M fine-tunes by M (full, head, lora ...), --json "
+    "prints JSON, --repeats N times N steps (default 5)."
 )
 
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     arguments = [a for a in arguments if a != "--json"]
     repeats = _take_number(arguments, "--repeats", 5)
+    arguments = ["--model.method" if a == "--method" else a for a in arguments]
     config, _ = parse_cli(arguments, DESCRIPTION)
     report = measure(config, repeats=repeats)
     print(json.dumps(report.to_dict(), indent=2) if as_json else as_text(report))

@@ -150,7 +150,7 @@ def prepare_run_dir(run_dir: Path, config: Config) -> bool:
 def with_chosen_experts(config: Config, train_set: Any, device: torch.device, resume: bool) -> Config:
     """``bsr.train_experts="top:n"`` turned into the experts themselves: measured, or on resume those of the run."""
     wanted = config.bsr.train_experts
-    if not isinstance(wanted, str) or wanted == "all":
+    if not isinstance(wanted, str) or wanted == "all" or config.model.method != "bsr":
         return config
     if resume:
         saved = json.loads((Path(config.run.dir) / "config.json").read_text())

@@ -9,7 +9,9 @@ from torch import Tensor
 from m3bsr.models.multitask import MultiTaskModel
 
 # Parts that a model may have and the run that it starts from not: they begin fresh.
-MAY_BE_NEW = ("heads.", ".mlp.gates.", ".bsr_adapters.")
+MAY_BE_NEW = ("heads.", ".mlp.gates.", ".bsr_adapters.", ".lora_", ".ls2.adapter.")
+# Parts without which the rest of a run's weights is not what was trained.
+MAY_NOT_BE_LOST = (".lora_", ".ls2.adapter.")
 
 
 def is_model_state(state: Mapping[str, Tensor]) -> bool:
@@ -33,6 +35,12 @@ def load_model_weights(model: MultiTaskModel, state: Mapping[str, Tensor], name:
                 f"model.weights: {name}: {key} has shape {tuple(tensor.shape)}, the model needs "
                 f"{tuple(own[key].shape)}; use the model and data settings that these weights were trained with"
             )
+    extra = [key for key in state if key not in own and any(part in key for part in MAY_NOT_BE_LOST)]
+    if extra:
+        raise ValueError(
+            f"model.weights: {name} was trained with {extra[0]}, which this model lacks; "
+            "use the model.method of that run"
+        )
     missing = [key for key in own if key not in state]
     lost = [key for key in missing if not any(part in key for part in MAY_BE_NEW)]
     if lost:

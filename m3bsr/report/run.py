@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m3bsr.engine.log import read_log
+from m3bsr.methods import METHODS
 from m3bsr.report import html
 from m3bsr.report.collect import Collected
 from m3bsr.report.curves import Series, training_curves
@@ -59,11 +60,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def describe(config: Mapping[str, Any]) -> str:
     """One line: backbone, data, tasks, what trains."""
     model, data, bsr = config.get("model", {}), config.get("data", {}), config.get("bsr", {})
+    method = str(model.get("method", "bsr"))
     blocks = bsr.get("train_blocks", "all")
     trains = "all parameters" if blocks == "all" else f"blocks {_listing(blocks)} and the heads"
     if not blocks:
         trains = "the heads"
     drops = bsr.get("drop_blocks")
+    if method != "bsr":
+        trains, drops = f"by {method}: {getattr(METHODS.get(method.partition(':')[0]), 'what', method)}", ()
     dropping = f", tokens dropped at {_listing(drops)} (keep rate {bsr.get('keep_rate')})" if drops else ""
     size = " x ".join(map(str, data.get("image_size", ())))
     tasks = ", ".join(data.get("tasks", ()))

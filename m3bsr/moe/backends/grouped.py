@@ -123,7 +123,8 @@ class _GroupedLinear(Function):
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
         plan: Dispatch = ctx.plan
         num_experts = len(plan.spans)
-        weights, inputs = ctx.saved_tensors[:num_experts], ctx.saved_tensors[num_experts:]
+        saved = ctx.saved_tensors  # once: under checkpointing each access computes them
+        weights, inputs = saved[:num_experts], saved[num_experts:]
         needs_weight = ctx.needs_input_grad[3 : 3 + num_experts]
         needs_bias = ctx.needs_input_grad[3 + num_experts :]
         grad_RO = grad_RO.contiguous()

@@ -24,8 +24,8 @@ from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.schedule import make_schedule
 from m3bsr.heads import HEADS, ClassifierHead, set_output_bias
-from m3bsr.models import MultiTaskModel, is_model_state, load_model_weights
 from m3bsr.methods import find_method
+from m3bsr.models import MultiTaskModel, is_model_state, load_model_weights
 from m3bsr.tasks import TASKS
 from m3bsr.tasks.base import Task
 from m3bsr.utils.log import get_logger
@@ -159,6 +159,12 @@ def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
     return model
 
 
+def _load_model(config: Config, model: MultiTaskModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Weights of the whole model of another run."""
+    fresh = load_model_weights(model, state, config.model.weights)
+    log.info("%s: model of another run%s", config.model.weights, f", fresh: {', '.join(fresh)}" if fresh else "")
+
+
 def build_model(config: Config) -> MultiTaskModel:
     """Backbone, heads and weights, to be fine-tuned by ``config.model.method``: what stays frozen has
     ``requires_grad=False``."""
@@ -188,12 +194,6 @@ def build_datasets(config: Config, target_size: str = "network") -> tuple[Datase
     dataset = lookup(DATASETS, data.name, "data.name")
     train = dataset(
         data.root,
-def _load_model(config: Config, model: MultiTaskModel, state: Mapping[str, torch.Tensor]) -> None:
-    """Weights of the whole model of another run."""
-    fresh = load_model_weights(model, state, config.model.weights)
-    log.info("%s: model of another run%s", config.model.weights, f", fresh: {', '.join(fresh)}" if fresh else "")
-
-
         data.train_split,
         data.tasks,
         transform=transform_of(config, train=True),

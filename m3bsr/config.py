@@ -93,6 +93,10 @@ class ModelConfig:
     """Width of the light head."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block."""
+    method: str = "bsr"
+    """How to fine-tune: bsr (the plan in section bsr), full, head, last:BLOCKS, bitfit, norm, lora[:RANK],
+    adapter[:WIDTH], token_drop[:KEEP], checkpointing, backrazor[:PRUNE] (see m3bsr.methods.METHODS). All but bsr put
+    the plan aside; token_drop takes where and how it drops."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -103,10 +107,6 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    method: str = "bsr"
-    """How to fine-tune: bsr (the plan in section bsr), full, head, last:BLOCKS, bitfit, norm, lora[:RANK],
-    adapter[:WIDTH], token_drop[:KEEP], checkpointing, backrazor[:PRUNE] (see m3bsr.methods.METHODS). All but bsr put
-    the plan aside; token_drop takes where and how it drops."""
     """Mixtures of experts."""
 
     blocks: tuple[int, ...] | None = None

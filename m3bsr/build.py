@@ -6,7 +6,7 @@ Every function takes the whole ``Config`` and returns plain objects; what they a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import timm
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, read_weights, task_backbone
 from m3bsr.config import Config, replace
 from m3bsr.data import DATASETS, RECIPES, build_transform
+from m3bsr.data.several import SeveralSets
 from m3bsr.data.transforms import Pipeline
 from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
@@ -42,6 +43,8 @@ def build_tasks(config: Config) -> dict[str, Task]:
         ValueError: a task that nobody knows, or that the data set has no labels for; a setting that it does not take.
         FileNotFoundError: the number of classes is not in the config and the data set's folder is not there.
     """
+    if config.data.sets:
+        return {name: build_tasks(member)["classification"] for name, member in members(config).items()}
     dataset = lookup(DATASETS, config.data.name, "data.name")
     settings = task_settings(config)
     tasks = {}
@@ -68,8 +71,27 @@ def task_settings(config: Config) -> dict[str, dict[str, Any]]:
     return settings
 
 
+def members(config: Config) -> dict[str, Config]:
+    """Of several data sets (``data.sets``) each as the data of a config of its own, by task.
+
+    Raises:
+        ValueError: not "data set:folder", or a data set that does not classify.
+    """
+    configs = {}
+    for task in config.data.tasks:
+        name, _, root = config.data.sets[task].partition(":")
+        if "classification" not in lookup(DATASETS, name, f"data.sets of {task}").known_tasks:
+            raise ValueError(f"data.sets of {task}: {name} has no image classes; only classification sets go together")
+        changes: dict[str, Any] = {"data.name": name, "data.root": root or ".", "data.tasks": ("classification",)}
+        known = {"classification": config.data.num_classes[task]} if task in config.data.num_classes else {}
+        configs[task] = replace(config, {**changes, "data.sets": {}, "data.num_classes": known})
+    return configs
+
+
 def with_found_classes(config: Config) -> Config:
     """The config with the numbers of classes that only the data's folder knows, so that it stands for itself."""
+    if config.data.sets:
+        return replace(config, {"data.num_classes": {n: t.num_channels for n, t in build_tasks(config).items()}})
     dataset = lookup(DATASETS, config.data.name, "data.name")
     if not hasattr(dataset, "read_task_kwargs"):
         return config
@@ -191,6 +213,10 @@ def build_model(config: Config) -> MultiTaskModel:
 def build_datasets(config: Config, target_size: str = "network") -> tuple[Dataset, Dataset]:
     """Training and validation set; ``target_size="original"`` leaves the validation labels at their own size."""
     data = config.data
+    if data.sets:
+        pairs = {task: build_datasets(member, target_size) for task, member in members(config).items()}
+        train_sets, val_sets = ({task: pair[i] for task, pair in pairs.items()} for i in (0, 1))
+        return SeveralSets(train_sets, data.interleave, data.temperature), SeveralSets(val_sets)  # type: ignore[arg-type]
     dataset = lookup(DATASETS, data.name, "data.name")
     train = dataset(
         data.root,
@@ -217,6 +243,8 @@ def build_datasets(config: Config, target_size: str = "network") -> tuple[Datase
 
 def transform_of(config: Config, *, train: bool) -> Pipeline:
     """The transform of training or validation; ends in the normalisation that the backbone's weights were made with."""
+    if config.data.sets:
+        config = next(iter(members(config).values()))
     name, dataset = config.model.backbone, lookup(DATASETS, config.data.name, "data.name")
     pretrained = timm.get_pretrained_cfg(DENSE_NAMES.get(name, name), allow_unregistered=True)
     normalisation = {} if pretrained is None else {"mean": pretrained.mean, "std": pretrained.std}
@@ -239,11 +267,11 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, num_samples: int) -> Scheduler:
-    """The learning-rate schedule over all steps of a run on ``num_samples`` training images."""
+def build_scheduler(config: Config, optimizer: torch.optim.Optimizer, train_set: Sized) -> Scheduler:
+    """The learning-rate schedule over all steps of a run on ``train_set``."""
     o, t = config.optim, config.train
     total_steps = steps_in_run(
-        num_samples, epochs=t.epochs, batch_size=t.batch_size, accumulate=t.accumulate, max_steps=t.max_steps
+        train_set, epochs=t.epochs, batch_size=t.batch_size, accumulate=t.accumulate, max_steps=t.max_steps
     )
     return make_schedule(
         o.schedule,

@@ -67,16 +67,26 @@ class DataConfig:
     """Use only the first so many validation samples."""
     num_classes: dict[str, int] = field(default_factory=dict)
     """Classes per task where they differ from the data set's own; filled in where only the folder knows them."""
+    sets: dict[str, str] = field(default_factory=dict)
+    """Several classification data sets at once, in place of name and root: task and "data set:folder" (tasks names
+    them too); every batch comes from one of them."""
+    interleave: str = "proportional"
+    """Whose turn it is among sets: proportional (to their sizes), round_robin, temperature."""
+    temperature: float = 2.0
+    """With interleave temperature: sets are drawn with probability size ** (1 / temperature)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
         _positive(self, "data", "image_size", "max_train", "max_val")
         _not_negative(self, "data", "num_workers")
+        _positive(self, "data", "temperature")
         for task, number in self.num_classes.items():
             if number < 1:
                 raise ValueError(f"data.num_classes of {task} must be positive, got {number}")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"data.tasks must name at least one task, each once, got {self.tasks}")
+        if self.sets and not set(self.tasks) <= set(self.sets):
+            raise ValueError(f"data.tasks {self.tasks} must be names of data.sets ({', '.join(self.sets)})")
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def step_job(config: Config, model: nn.Module | None = None) -> StepJob:
     seed_everything(config.run.seed)
     model = (build_model(config) if model is None else model).to(device).train()
     tasks, batch_size, size = build_tasks(config), config.train.batch_size, config.data.image_size
+    if config.data.sets:  # every batch comes from one of them
+        tasks = dict(list(tasks.items())[:1])
     batch: dict[str, Tensor] = {"image": torch.randn(batch_size, 3, *size)}
     batch |= {name: task.example_target(batch_size, size) for name, task in tasks.items()}
     return StepJob(

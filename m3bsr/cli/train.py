@@ -79,7 +79,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     # A checkpoint has all weights, so the file that the run started from may be gone.
     model = build_model(replace(config, {"model.weights": ""}) if resume else config)
     optimizer = build_optimizer(config, model)
-    scheduler = build_scheduler(config, optimizer, len(train_set))  # type: ignore[arg-type]
+    scheduler = build_scheduler(config, optimizer, train_set)  # type: ignore[arg-type]
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", config.to_dict())
     options = {"reporter": make_reporter(tasks, val_set), **options}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3bsr.data.cityscapes import Cityscapes
+from m3bsr.data.digits import Digits
 from m3bsr.data.folder import Folder
 from m3bsr.data.image_folder import ImageFolder
 from m3bsr.data.nyud import NYUD, Scenes
@@ -19,6 +20,7 @@ DATASETS: dict[str, type[Any]] = {
     "cityscapes": Cityscapes,
     "folder": Folder,
     "image_folder": ImageFolder,
+    "digits": Digits,
     "cifar10": CIFAR10,
     "cifar100": CIFAR100,
     "flowers102": Flowers102,

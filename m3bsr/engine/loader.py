@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -18,14 +18,21 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from m3bsr.engine.rng import derive_seed, isolated_rng
 
+EpochBatches = Callable[[int, torch.Generator], list[list[int]]]
 
-def steps_in_epoch(num_samples: int, batch_size: int, accumulate: int = 1) -> int:
+
+def steps_in_epoch(samples: int | Sized, batch_size: int, accumulate: int = 1) -> int:
     """Optimizer steps in an epoch; the samples that do not fill a last step are left to other epochs.
+
+    Args:
+        samples: their number, or the data set (which may have an idea of its own: ``num_batches(batch_size)``).
 
     Raises:
         ValueError: fewer samples than one step needs.
     """
-    steps = num_samples // (batch_size * accumulate)
+    num_samples = samples if isinstance(samples, int) else len(samples)
+    own: Callable[[int], int] = getattr(samples, "num_batches", lambda size: num_samples // size)
+    steps = own(batch_size) // accumulate
     if steps == 0:
         raise ValueError(
             f"the training set has {num_samples} images, fewer than the {batch_size * accumulate} of one step "
@@ -35,35 +42,52 @@ def steps_in_epoch(num_samples: int, batch_size: int, accumulate: int = 1) -> in
 
 
 def steps_in_run(
-    num_samples: int, *, epochs: int, batch_size: int, accumulate: int = 1, max_steps: int | None = None
+    samples: int | Sized, *, epochs: int, batch_size: int, accumulate: int = 1, max_steps: int | None = None
 ) -> int:
     """Optimizer steps of a whole run: ``epochs`` epochs, at most ``max_steps``."""
-    steps = epochs * steps_in_epoch(num_samples, batch_size, accumulate)
+    steps = epochs * steps_in_epoch(samples, batch_size, accumulate)
     return steps if max_steps is None else min(steps, max_steps)
 
 
 class ShuffledBatches(Sampler[list[tuple[int, int]]]):
-    """Lists of (index, seed), from micro-batch number ``start`` to ``stop`` of an endless sequence of epochs."""
+    """Lists of (index, seed), from micro-batch number ``start`` to ``stop`` of an endless sequence of epochs.
+
+    ``epoch_batches(batch_size, generator)`` gives the lists of indices of an epoch; by default a permutation.
+    """
 
     def __init__(
-        self, num_samples: int, batch_size: int, *, batches_per_epoch: int, seed: int, start: int, stop: int
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        batches_per_epoch: int,
+        seed: int,
+        start: int,
+        stop: int,
+        epoch_batches: EpochBatches | None = None,
     ) -> None:
-        assert batches_per_epoch * batch_size <= num_samples
         self.num_samples, self.batch_size, self.batches_per_epoch = num_samples, batch_size, batches_per_epoch
         self.seed, self.start, self.stop = seed, start, stop
+        self.epoch_batches = epoch_batches or self._permuted
 
     def __len__(self) -> int:
         return max(self.stop - self.start, 0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, []
+        epoch: int = -1
+        batches: list[list[int]] = []
         for number in range(self.start, self.stop):
             if number // self.batches_per_epoch != epoch:
                 epoch = number // self.batches_per_epoch
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-                order = torch.randperm(self.num_samples, generator=generator).tolist()
-            first = (number % self.batches_per_epoch) * self.batch_size
-            yield [(order[i], derive_seed(self.seed, epoch, i)) for i in range(first, first + self.batch_size)]
+                batches = self.epoch_batches(self.batch_size, generator)
+            place = number % self.batches_per_epoch
+            first = place * self.batch_size
+            yield [(index, derive_seed(self.seed, epoch, first + i)) for i, index in enumerate(batches[place])]
+
+    def _permuted(self, batch_size: int, generator: torch.Generator) -> list[list[int]]:
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        return [order[i : i + batch_size] for i in range(0, self.batches_per_epoch * batch_size, batch_size)]
 
 
 class SeededSamples(Dataset[Any]):
@@ -96,7 +120,8 @@ def train_loader(
     batches = ShuffledBatches(
         len(dataset),
         batch_size,
-        batches_per_epoch=steps_in_epoch(len(dataset), batch_size, accumulate) * accumulate,
+        batches_per_epoch=steps_in_epoch(dataset, batch_size, accumulate) * accumulate,
+        epoch_batches=getattr(dataset, "epoch_batches", None),
         seed=seed,
         start=start_step * accumulate,
         stop=stop_step * accumulate,
@@ -105,10 +130,10 @@ def train_loader(
 
 
 def eval_loader(dataset: Any, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
-    """Every sample once, in order."""
-    return _loader(
-        dataset, num_workers, pin_memory, batch_size=batch_size, shuffle=False, persistent_workers=num_workers > 0
-    )
+    """Every sample once, in order; a data set with ``eval_batches(batch_size)`` says which go together."""
+    own = getattr(dataset, "eval_batches", None)
+    batches: dict[str, Any] = {"batch_size": batch_size} if own is None else {"batch_sampler": own(batch_size)}
+    return _loader(dataset, num_workers, pin_memory, persistent_workers=num_workers > 0, **batches)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

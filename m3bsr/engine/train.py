@@ -105,9 +105,9 @@ def train(
     set_step = getattr(model, "set_step", lambda step: None)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = {name: (loss_weights or {}).get(name, task.default_weight) for name, task in tasks.items()}
-    epoch_steps = steps_in_epoch(len(train_set), batch_size, accumulate)
+    epoch_steps = steps_in_epoch(train_set, batch_size, accumulate)
     total_steps = steps_in_run(
-        len(train_set), epochs=epochs, batch_size=batch_size, accumulate=accumulate, max_steps=max_steps
+        train_set, epochs=epochs, batch_size=batch_size, accumulate=accumulate, max_steps=max_steps
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}

@@ -41,7 +41,7 @@ def collect(
     *,
     photos: Sequence[np.ndarray],
     names: Sequence[str],
-    targets: Mapping[str, Sequence[Tensor]] | None = None,
+    targets: Mapping[str, Sequence[Tensor | None]] | None = None,
     class_names: Mapping[str, Sequence[str]] | None = None,
     size: tuple[int, int] | None = None,
     autocast: AbstractContextManager[Any] | None = None,
@@ -51,7 +51,7 @@ def collect(
 
     Args:
         photos: the images as uint8 `[H', W', 3]`, of any size.
-        targets: per task the target of every image: `[C, H', W']`, or a class index.
+        targets: per task the target of every image: `[C, H', W']`, a class index, or None where it has no label.
         class_names: of the tasks with one answer per image.
         size: of the predictions, by default that of `images`.
         longest: longer side of the pictures, in pixels.
@@ -70,11 +70,12 @@ def collect(
     for i in range(len(images)):
         stages = {t: [(s.block, m[i]) for s, m in zip(output.stages[t], kept[t], strict=True)] for t in kept}
         coloured = {t: task.colour(output.predictions[t][i].float(), is_prediction=True) for t, task in dense.items()}
-        truth = {t: task.colour(targets[t][i]) for t, task in dense.items() if targets and t in targets}
+        known = {t: of[i] for t, of in (targets or {}).items() if of[i] is not None}
+        truth = {t: task.colour(known[t]) for t, task in dense.items() if t in known}
         answers = {
-            t: answer(output.predictions[t][i], (targets or {}).get(t, {i: None})[i], (class_names or {}).get(t))
+            t: answer(output.predictions[t][i], known.get(t), (class_names or {}).get(t))
             for t in tasks
-            if t not in dense
+            if t not in dense and (t in known or not targets)
         }
         samples.append(
             Sample(
@@ -108,7 +109,7 @@ def collect_from(
         images,
         photos=[denormalise(image, **normalisation) for image in images],
         names=[sample["name"] for sample in samples],
-        targets={task: [sample[task] for sample in samples] for task in tasks if all(task in s for s in samples)},
+        targets={task: [sample.get(task) for sample in samples] for task in tasks},
         class_names=getattr(dataset, "class_names", None),
         **options,
     )

@@ -163,6 +163,8 @@ class LossConfig:
 
     weights: dict[str, float] = field(default_factory=dict)
     """Weight per task; tasks left out take their default."""
+    balance: Literal["fixed", "uncertainty", "dwa"] = "fixed"
+    """What becomes of the weights on the way (m3bsr.engine.balance.BALANCES)."""
     stride: int = 1
     """Compute training losses at 1/stride of the resolution (evaluation stays exact)."""
     label_smoothing: float = 0.0

@@ -107,6 +107,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         precision=config.train.precision,
         clip_norm=config.train.clip_norm,
         loss_weights=config.loss.weights,
+        loss_balance=config.loss.balance,
         loss_stride=config.loss.stride,
         balance_weight=config.moe.balance_weight,
         z_weight=config.moe.z_weight,

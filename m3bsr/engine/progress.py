@@ -30,6 +30,8 @@ class Progress:
     best_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     num_overflows: int = 0
     """Steps that the fp16 loss scaler skipped."""
+    loss_balance: dict[str, Any] = field(default_factory=dict)
+    """State of the rule that weighs the losses."""
     window: dict[str, Any] = field(default_factory=dict)
     """Sums since the last line of the log."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from m3bsr.engine.balance import BALANCES
 from m3bsr.engine.evaluate import Metrics, evaluate, labelled, score
 from m3bsr.engine.finite import NonFiniteError, check_finite
 from m3bsr.engine.loader import eval_loader, steps_in_epoch, steps_in_run, train_loader
@@ -23,6 +24,7 @@ from m3bsr.engine.precision import autocast, is_slow
 from m3bsr.engine.progress import Progress, Saver, say
 from m3bsr.engine.stop import StopSignal
 from m3bsr.tasks.base import Task
+from m3bsr.utils.lookup import lookup
 
 __all__ = ["NonFiniteError", "TrainResult", "train"]
 
@@ -58,6 +60,7 @@ def train(
     precision: str = "fp32",
     clip_norm: float | None = 1.0,
     loss_weights: Mapping[str, float] | None = None,
+    loss_balance: str = "fixed",
     loss_stride: int = 1,
     balance_weight: float = 0.0,
     z_weight: float = 0.0,
@@ -86,6 +89,7 @@ def train(
         scheduler: timm scheduler, told the number of finished steps by ``step_update``.
         max_steps: an end before ``epochs`` are over.
         loss_weights: per task, the task's default where it has none.
+        loss_balance: rule of ``engine.balance.BALANCES`` that changes these weights on the way.
         loss_stride: training losses at ``1 / loss_stride`` of the image size: full-size logits can dominate memory.
         eval_every: epochs between evaluations; 0 evaluates at the end only.
         resume: go on from the newest whole checkpoint of ``run_dir``, to the same bits as without the interruption.
@@ -113,6 +117,7 @@ def train(
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     saver = Saver(Path(run_dir) / "checkpoints", config_dict, **stateful)
     at = saver.resume(total_steps) if resume else Progress(total_steps)
+    balance = lookup(BALANCES, loss_balance, "loss.balance")(weights, epoch_steps, at.loss_balance)
     log = RunLog(run_dir, start_step=at.step, tensorboard=tensorboard)
     window, step_ms, waited_ms = Window(at.window), [], 0.0
 
@@ -164,7 +169,7 @@ def train(
                     output = model(images, tasks=tuple(targets), size=loss_size(images, loss_stride))
                 window.add_routing(output)
                 # losses, in float32 whatever the precision
-                parts = task_losses(output, targets, tasks, weights, balance_weight, z_weight)
+                parts = task_losses(output, targets, tasks, balance.weights(), balance_weight, z_weight)
                 # backward
                 scaler.scale(parts["loss"] / accumulate).backward()
                 for name, part in parts.items():
@@ -187,6 +192,8 @@ def train(
             at.num_overflows += scaler.get_scale() < scale
             at.step += 1
             scheduler.step_update(at.step)
+            balance.note({name: values[f"losses/{name}"] for name in tasks if f"losses/{name}" in values}, at.step)
+            at.loss_balance = balance.state
 
             # log
             step_ms.append(1000 * (time.perf_counter() - began - wait))
@@ -195,7 +202,8 @@ def train(
             bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
             bar.update()
             if at.step % log_every == 0 or at.step == total_steps:
-                log.write(_train_record(at, epoch_steps, window.pop_means(), lr, batch_size * accumulate))
+                record = _train_record(at, epoch_steps, window.pop_means(), lr, batch_size * accumulate)
+                log.write(record | ({"loss_weights": balance.weights()} if balance.state else {}))
 
             # save; when an evaluation comes next, it saves
             at.window = window.sums

@@ -48,8 +48,18 @@ def interrupted(tiny, run_dir, at_step, signum=signal.SIGTERM, **kwargs):
         (5, {}),
         (5, {"precision": "bf16", "accumulate": 2, "log_every": 3, "epochs": 4}),
         (4, {"log_every": 3, "epochs": 2, "experts": True}),
+        (5, {"loss_balance": "uncertainty"}),
+        (9, {"loss_balance": "dwa", "epochs": 4}),
     ],
-    ids=["first step", "end of an epoch", "within an epoch", "bf16, accumulated, within a log window", "experts"],
+    ids=[
+        "first step",
+        "end of an epoch",
+        "within an epoch",
+        "bf16, accumulated, within a log window",
+        "experts",
+        "uncertainty",
+        "dwa",
+    ],
 )
 def test_stop_and_resume_is_bit_equal(tiny, tmp_path, at_step, kwargs):
     whole, _ = tiny.run(tmp_path / "whole", **kwargs)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, read_weights, task_backbone
 from m3bsr.config import Config, replace
 from m3bsr.data import DATASETS, RECIPES, build_transform
+from m3bsr.data.mix import MixImages
 from m3bsr.data.several import SeveralSets
 from m3bsr.data.transforms import Pipeline
 from m3bsr.engine.loader import steps_in_run
@@ -120,6 +121,9 @@ def _build_backbone(
         "top_k": moe.top_k,
         "gate": moe.gate,
         "gate_mode": moe.gate_mode,
+        "gate_input": moe.gate_input,
+        "experts_per_task": moe.experts_per_task,
+        "task_dim": moe.task_dim,
         "noise_std": moe.noise_std,
         "renormalize": moe.renormalize,
         "backend": moe.backend,
@@ -253,6 +257,21 @@ def transform_of(config: Config, *, train: bool) -> Pipeline:
     return build_transform(recipe, config.data.image_size, train=train, recipes=recipes, **normalisation)
 
 
+def build_batch_transform(config: Config, tasks: Mapping[str, Task]) -> MixImages | None:
+    """Mixup and CutMix, if asked for.
+
+    Raises:
+        ValueError: for dense tasks, whose pixels cannot be mixed so.
+    """
+    data = config.data
+    if not data.mixup and not data.cutmix:
+        return None
+    dense = [name for name, task in tasks.items() if task.dense]
+    if dense:
+        raise ValueError(f"data.mixup and data.cutmix mix classes of whole images, not those of {dense[0]}")
+    return MixImages({name: task.num_channels for name, task in tasks.items()}, data.mixup, data.cutmix)
+
+
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over the parameters that train."""
     o = config.optim
@@ -262,6 +281,7 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         lr=o.lr,
         weight_decay=o.weight_decay,
         head_lr_scale=o.head_lr_scale,
+        layer_decay=o.layer_decay,
         momentum=o.momentum,
         betas=o.betas,
     )

@@ -70,6 +70,10 @@ class DataConfig:
     sets: dict[str, str] = field(default_factory=dict)
     """Several classification data sets at once, in place of name and root: task and "data set:folder" (tasks names
     them too); every batch comes from one of them."""
+    mixup: float = 0.0
+    """Mixup of training images (parameter of the Beta distribution; 0: none), classification only."""
+    cutmix: float = 0.0
+    """CutMix of training images, likewise; with both, one is drawn for each batch."""
     interleave: str = "proportional"
     """Whose turn it is among sets: proportional (to their sizes), round_robin, temperature."""
     temperature: float = 2.0
@@ -78,7 +82,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_fields(self, "data")
         _positive(self, "data", "image_size", "max_train", "max_val")
-        _not_negative(self, "data", "num_workers")
+        _not_negative(self, "data", "num_workers", "mixup", "cutmix")
         _positive(self, "data", "temperature")
         for task, number in self.num_classes.items():
             if number < 1:
@@ -121,8 +125,8 @@ class MoEConfig:
 
     blocks: tuple[int, ...] | None = None
     """Blocks with experts; None: the backbone's own (odd ones in m3vit), an empty list: none."""
-    num_experts: int = 16
-    """Experts per block."""
+    num_experts: int | tuple[int, ...] = 16
+    """Experts per block: one number for all, or one for each of moe.blocks."""
     top_k: int = 4
     """Experts that serve a token."""
     mlp_ratio: float = 1.0
@@ -131,6 +135,12 @@ class MoEConfig:
     """Kind of gate (a name in m3bsr.moe.GATES)."""
     gate_mode: Literal["shared", "per_task", "task_conditioned"] = "per_task"
     """One gate for all, one per task, or one that is told the task."""
+    gate_input: Literal["after", "before"] = "after"
+    """Gates read what the experts read, after attention, or the block's input, before it."""
+    experts_per_task: int | None = None
+    """Give each task its own window of so many experts, evenly spread; None: all experts for all tasks."""
+    task_dim: int = 64
+    """Width of the code that tells a task_conditioned gate its task."""
     noise_std: float = 0.0
     """Noise of the gate in training."""
     renormalize: bool = True
@@ -148,11 +158,19 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "moe")
-        _positive(self, "moe", "num_experts", "top_k", "mlp_ratio")
+        _positive(self, "moe", "num_experts", "top_k", "mlp_ratio", "experts_per_task", "task_dim")
         _not_negative(self, "moe", "noise_std", "upcycle_noise", "balance_weight", "z_weight")
-        if self.top_k > self.num_experts:
+        numbers = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
+        if self.top_k > min(numbers, default=self.top_k):
             raise ValueError(f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
+        if self.experts_per_task is not None and not self.top_k <= self.experts_per_task <= min(numbers, default=0):
+            raise ValueError(
+                f"moe.experts_per_task must lie between moe.top_k {self.top_k} and moe.num_experts {self.num_experts}, "
+                f"got {self.experts_per_task}"
+            )
         blocks = self.blocks or ()
+        if isinstance(self.num_experts, tuple) and self.blocks is not None and len(numbers) != len(blocks):
+            raise ValueError(f"moe.num_experts {numbers} must hold one number for each of moe.blocks {blocks}")
         if len(set(blocks)) != len(blocks) or any(block < 0 for block in blocks):
             raise ValueError(f"moe.blocks must hold integers from 0, each once, got {blocks}")
 
@@ -222,6 +240,8 @@ class OptimConfig:
     """Peak learning rate."""
     head_lr_scale: float = 1.0
     """Learning rate of the heads over that of the backbone."""
+    layer_decay: float = 1.0
+    """Learning rate of a block over that of the block behind it, in (0, 1] (BEiT); 1: the same for all."""
     weight_decay: float = 0.05
     """Weight decay of matrices (never of biases, norms, embeddings)."""
     momentum: float = 0.9
@@ -241,6 +261,8 @@ class OptimConfig:
         check_fields(self, "optim")
         _positive(self, "optim", "lr", "head_lr_scale", "poly_power")
         _not_negative(self, "optim", "weight_decay", "momentum", "warmup_steps", "min_lr")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay must lie in (0, 1], got {self.layer_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
 

@@ -9,7 +9,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from m3bsr.bsr.trainable import count_parameters
-from m3bsr.build import build_datasets, build_model, build_optimizer, build_scheduler, build_tasks, with_found_classes
+from m3bsr.build import (
+    build_batch_transform,
+    build_datasets,
+    build_model,
+    build_optimizer,
+    build_scheduler,
+    build_tasks,
+    with_found_classes,
+)
 from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_json
 from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
@@ -83,6 +91,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", config.to_dict())
     options = {"reporter": make_reporter(tasks, val_set), **options}
+    options["batch_transform"] = build_batch_transform(config, tasks)
     result = train(
         model,
         tasks,
@@ -167,15 +176,24 @@ def with_chosen_experts(config: Config, train_set: Any, device: torch.device, re
 
 
 def _check_same_settings(saved: Mapping[str, Any], config: Config, checkpoint: Path) -> None:
-    then, now = _flat(saved), _flat(json.loads(config.to_json()))
-    free = FREE_ON_RESUME | ({"bsr.train_experts"} if str(now["bsr.train_experts"]).startswith("top:") else set())
-    changed = [name for name in now if name not in free and then.get(name, now[name]) != now[name]]
+    changed = changed_settings(saved, config, FREE_ON_RESUME)
     if changed:
-        name, more = changed[0], f" (and {', '.join(changed[1:])})" if len(changed) > 1 else ""
+        name, *others = changed
+        (then, now), more = changed[name], f" (and {', '.join(others)})" if others else ""
         raise ValueError(
-            f"run.resume: {checkpoint} was trained with {name} = {then[name]}, now it is {now[name]}{more}; "
+            f"run.resume: {checkpoint} was trained with {name} = {then}, now it is {now}{more}; "
             "resume with the same settings, or start another run.dir"
         )
+
+
+def changed_settings(
+    saved: Mapping[str, Any], config: Config, free: Collection[str]
+) -> dict[str, tuple[object, object]]:
+    """Fields with their values then and now, without those in ``free`` and those that ``saved`` does not have."""
+    then, now = _flat(saved), _flat(json.loads(config.to_json()))
+    measured = {"bsr.train_experts"} if str(now["bsr.train_experts"]).startswith("top:") else set()
+    names = [name for name in now if name not in free and name not in measured and name in then]
+    return {name: (then[name], now[name]) for name in names if then[name] != now[name]}
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from m3bsr.engine.rng import derive_seed, isolated_rng
 
 EpochBatches = Callable[[int, torch.Generator], list[list[int]]]
+BatchTransform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def steps_in_epoch(samples: int | Sized, batch_size: int, accumulate: int = 1) -> int:
@@ -90,19 +91,28 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
         return [order[i : i + batch_size] for i in range(0, self.batches_per_epoch * batch_size, batch_size)]
 
 
-class SeededSamples(Dataset[Any]):
-    """``dataset`` with items by (index, seed): the same item whoever fetches it, in whatever order."""
+class SeededBatches(Dataset[Any]):
+    """Batches of ``dataset`` by lists of (index, seed): the same whoever fetches them, in whatever order.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    ``batch_transform`` changes whole batches (mixup); its random numbers hang on the seed of the first sample.
+    """
+
+    def __init__(self, dataset: Any, batch_transform: BatchTransform | None = None) -> None:
+        self.dataset, self.batch_transform = dataset, batch_transform
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        index, seed = key
-        with isolated_rng(seed):
-            return self.dataset[index]
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        samples = []
+        for index, seed in keys:
+            with isolated_rng(seed):
+                samples.append(self.dataset[index])
+        batch = collate(samples)
+        if self.batch_transform is not None:
+            with isolated_rng(derive_seed(keys[0][1], len(keys))):
+                batch = self.batch_transform(batch)
+        return batch
 
 
 def train_loader(
@@ -115,6 +125,7 @@ def train_loader(
     seed: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    batch_transform: BatchTransform | None = None,
 ) -> DataLoader[Any]:
     """One loader for all that is left of a run; workers live, and fetch ahead, across the ends of epochs."""
     batches = ShuffledBatches(
@@ -126,14 +137,16 @@ def train_loader(
         start=start_step * accumulate,
         stop=stop_step * accumulate,
     )
-    return _loader(SeededSamples(dataset), num_workers, pin_memory, batch_sampler=batches)
+    seeded = SeededBatches(dataset, batch_transform)
+    return _loader(seeded, num_workers, pin_memory, batch_sampler=batches, collate_fn=_as_it_is)
 
 
 def eval_loader(dataset: Any, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
     """Every sample once, in order; a data set with ``eval_batches(batch_size)`` says which go together."""
     own = getattr(dataset, "eval_batches", None)
     batches: dict[str, Any] = {"batch_size": batch_size} if own is None else {"batch_sampler": own(batch_size)}
-    return _loader(dataset, num_workers, pin_memory, persistent_workers=num_workers > 0, **batches)
+    persistent = num_workers > 0
+    return _loader(dataset, num_workers, pin_memory, persistent_workers=persistent, collate_fn=collate, **batches)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -154,12 +167,15 @@ def _loader(dataset: Any, num_workers: int, pin_memory: bool, **kwargs: Any) -> 
         dataset,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=collate,
         worker_init_fn=_init_worker,
         # Without a generator of its own a loader draws its base seed from the global one, each time it starts.
         generator=torch.Generator().manual_seed(0),
         **kwargs,
     )
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
 
 
 def _init_worker(_: int) -> None:

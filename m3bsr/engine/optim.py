@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,40 +31,50 @@ def param_groups(
     lr: float,
     weight_decay: float,
     head_lr_scale: float = 1.0,
+    layer_decay: float = 1.0,
     head_prefixes: tuple[str, ...] = ("heads.",),
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the parameters that train; frozen ones are in none, so they get no optimizer state.
 
     No weight decay for biases, norms and other vectors, position embeddings and special tokens, nor for what the
     model names in a timm-style ``no_weight_decay()``. Parameters under ``head_prefixes`` learn ``head_lr_scale`` times
-    faster. Each group carries its ``name`` and the ``param_names``; empty groups are left out.
+    faster; with ``layer_decay`` what lies ``n`` blocks before the heads learns ``layer_decay ** n`` times as fast
+    (BEiT, ICLR 2022). Each group carries its ``name`` and the ``param_names``.
 
     Raises:
         ValueError: nothing trains.
     """
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for head in (False, True):
-        for decays in (True, False):
-            groups[head, decays] = {
-                "params": [],
-                "param_names": [],
-                "name": ("heads" if head else "backbone") + ("" if decays else ", no decay"),
-                "lr": lr * (head_lr_scale if head else 1.0),
-                "weight_decay": weight_decay if decays else 0.0,
-            }
+    depth = 1 + max((block_of(name, -1) for name, _ in model.named_parameters()), default=-1)
+    groups: dict[tuple[bool, bool, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         last = name.rsplit(".", 1)[-1]
         decays = parameter.ndim > 1 and last not in ("bias", *NO_DECAY_NAMES) and name not in exempt
-        group = groups[name.startswith(head_prefixes), decays]
+        head = name.startswith(head_prefixes)
+        block = block_of(name, depth) if layer_decay != 1 and not head else depth
+        where = "heads" if head else "backbone" if block == depth else f"block {block}" if block >= 0 else "embedding"
+        new: dict[str, Any] = {
+            "params": [],
+            "param_names": [],
+            "name": where + ("" if decays else ", no decay"),
+            "lr": lr * (head_lr_scale if head else layer_decay ** (depth - block)),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        group = groups.setdefault((head, not decays, block), new)
         group["params"].append(parameter)
         group["param_names"].append(name)
-    filled = [group for group in groups.values() if group["params"]]
-    if not filled:
+    if not groups:
         raise ValueError("nothing trains: every parameter is frozen; see bsr.train_blocks")
-    return filled
+    return [groups[key] for key in sorted(groups)]
+
+
+def block_of(name: str, depth: int) -> int:
+    """Block that a parameter belongs to by its name; -1 for what lies before the blocks, ``depth`` behind them."""
+    found = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
+    before = any(part in ("patch_embed", "norm_pre", *NO_DECAY_NAMES) for part in name.split("."))
+    return int(found[1]) if found else -1 if before else depth
 
 
 def make_optimizer(
@@ -73,6 +84,7 @@ def make_optimizer(
     lr: float,
     weight_decay: float = 0.05,
     head_lr_scale: float = 1.0,
+    layer_decay: float = 1.0,
     momentum: float = 0.9,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
@@ -81,5 +93,5 @@ def make_optimizer(
     Raises:
         ValueError: unknown name, or nothing trains.
     """
-    groups = param_groups(model, lr=lr, weight_decay=weight_decay, head_lr_scale=head_lr_scale)
+    groups = param_groups(model, lr=lr, weight_decay=weight_decay, head_lr_scale=head_lr_scale, layer_decay=layer_decay)
     return lookup(OPTIMIZERS, name, "optim.name")(groups, momentum=momentum, betas=betas)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from m3bsr.engine.balance import BALANCES
 from m3bsr.engine.evaluate import Metrics, evaluate, labelled, score
 from m3bsr.engine.finite import NonFiniteError, check_finite
-from m3bsr.engine.loader import eval_loader, steps_in_epoch, steps_in_run, train_loader
+from m3bsr.engine.loader import BatchTransform, eval_loader, steps_in_epoch, steps_in_run, train_loader
 from m3bsr.engine.log import RunLog, Window
 from m3bsr.engine.losses import loss_size, task_losses
 from m3bsr.engine.precision import autocast, is_slow
@@ -72,6 +72,7 @@ def train(
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: bool = False,
+    batch_transform: BatchTransform | None = None,
     reporter: Callable[[nn.Module, Metrics], Mapping[str, np.ndarray]] | None = None,
     tensorboard: bool = True,
     progress_bar: bool = True,
@@ -93,6 +94,7 @@ def train(
         loss_stride: training losses at ``1 / loss_stride`` of the image size: full-size logits can dominate memory.
         eval_every: epochs between evaluations; 0 evaluates at the end only.
         resume: go on from the newest whole checkpoint of ``run_dir``, to the same bits as without the interruption.
+        batch_transform: of a whole training batch (mixup), in the loader's processes.
         reporter: called with the model and its metrics after each evaluation for pictures
             ``{tag: uint8 [H, W, 3]}`` that go to TensorBoard.
 
@@ -124,7 +126,8 @@ def train(
     # data: both loaders live as long as the run
     loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
     steps: dict[str, Any] = {"start_step": at.step, "stop_step": total_steps, "accumulate": accumulate}
-    batches = iter(train_loader(train_set, batch_size=batch_size, seed=seed, **steps, **loading))
+    steps |= {"batch_size": batch_size, "seed": seed, "batch_transform": batch_transform}
+    batches = iter(train_loader(train_set, **steps, **loading))
     val_batches = eval_loader(val_set, batch_size=eval_batch_size, **loading)
 
     def evaluation_is_due() -> bool:

@@ -17,7 +17,8 @@ from m3bsr.utils.constants import NO_CLASS
 class Classification(Task):
     """Cross-entropy; top-1 and top-5 accuracy. Logits ``[B, num_classes]``, targets: class indices ``[B]``.
 
-    Images of class ``NO_CLASS`` (-100, as in PyTorch) do not count.
+    Images of class ``NO_CLASS`` (-100, as in PyTorch) do not count. The loss also takes shares of classes
+    ``[B, num_classes]`` (mixup).
     """
 
     name = "classification"
@@ -34,6 +35,8 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        if target.ndim == 2:
+            return F.cross_entropy(prediction.float(), target, label_smoothing=self.label_smoothing)
         total = F.cross_entropy(
             prediction.float(), target, ignore_index=NO_CLASS, reduction="sum", label_smoothing=self.label_smoothing
         )

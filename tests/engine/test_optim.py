@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -101,3 +102,14 @@ def test_warmup_is_a_line_that_starts_above_zero_and_scales_per_group(name):
 def test_warmup_as_long_as_the_run_is_a_user_error():
     with pytest.raises(ValueError, match="optim.warmup_steps: 4 must be less than the 4 steps"):
         rates("cosine", total_steps=4, warmup_steps=4)
+
+
+def test_layer_decay_slows_what_lies_far_from_the_heads():
+    vit = timm.create_model("deit_tiny_patch16_224", depth=3, num_classes=4)
+    groups = param_groups(vit, lr=1.0, weight_decay=0.05, layer_decay=0.5, head_prefixes=("head.",))
+    lr_of = {name: group["lr"] for group in groups for name in group["param_names"]}
+    assert len(lr_of) == len(list(vit.parameters()))
+    assert lr_of["head.weight"] == lr_of["norm.bias"] == 1.0
+    assert [lr_of[f"blocks.{i}.attn.qkv.weight"] for i in range(3)] == [0.125, 0.25, 0.5]
+    assert lr_of["patch_embed.proj.weight"] == lr_of["cls_token"] == lr_of["pos_embed"] == 0.0625
+    assert len(param_groups(vit, lr=1.0, weight_decay=0.05, head_prefixes=("head.",))) == 4

@@ -1,0 +1,41 @@
+"""Mixup and CutMix of whole batches, by torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torchvision.transforms.v2 as v2
+
+Batch = dict[str, Any]
+
+
+class MixImages:
+    """Blend the images of a batch in pairs, and their classes in the same proportion: targets become ``[B, C]``.
+
+    Mixup (Zhang et al., ICLR 2018) adds two pictures up, CutMix (Yun et al., ICCV 2019) pastes a part of one into the
+    other; with both, one of them is drawn for each batch.
+
+    Args:
+        num_classes: per classification task; a batch may hold the labels of one of them only.
+        mixup, cutmix: parameter of the Beta distribution of the share, 0 for never.
+    """
+
+    def __init__(self, num_classes: Mapping[str, int], mixup: float, cutmix: float) -> None:
+        self.mixes = {task: _mix(number, mixup, cutmix) for task, number in num_classes.items()}
+
+    def __call__(self, batch: Batch) -> Batch:
+        for task, mix in self.mixes.items():
+            if task in batch:
+                images, labels = mix(batch["image"], batch[task])
+                return {**batch, "image": images, task: labels}
+        return batch
+
+
+def _mix(num_classes: int, mixup: float, cutmix: float) -> Callable[..., Any]:
+    mixes: list[Callable[..., Any]] = []
+    if mixup > 0:
+        mixes.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+    if cutmix > 0:
+        mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    return v2.RandomChoice(mixes)

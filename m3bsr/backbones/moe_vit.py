@@ -24,8 +24,12 @@ class MoEVisionTransformer(TaskViTMixin):
     Args:
         img_size: ``(H, W)`` or one number; ``set_input_size`` changes it later.
         moe_blocks: 0-based blocks whose MLP is a mixture; ``None``: the odd ones; ``()``: a dense ViT.
-        num_experts, top_k, moe_mlp_ratio: experts per block, experts per token, expert width over ``embed_dim``.
+        num_experts, top_k, moe_mlp_ratio: experts per block (one number, or one for each MoE block), experts per token,
+            expert width over ``embed_dim``.
         gate, gate_mode: names out of ``m3bsr.moe``: kind of gate; ``shared``, ``per_task`` or ``task_conditioned``.
+        experts_per_task: width of each task's window of experts, ``None``: all experts for all tasks.
+        task_dim: width of the code that tells a task-conditioned gate its task.
+        gate_input: gates read what the experts read (``after`` attention), or the block's input (``before``).
         tasks: names of the tasks that the model knows.
         noise_std, renormalize: see the gate. The published model does not renormalise; upcycled weights want it.
         drop_path: stochastic depth rate of the last block (linear from 0).
@@ -40,7 +44,7 @@ class MoEVisionTransformer(TaskViTMixin):
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
         moe_blocks: Sequence[int] | None = None,
-        num_experts: int = 16,
+        num_experts: int | Sequence[int] = 16,
         top_k: int = 4,
         moe_mlp_ratio: float = 1.0,
         gate: str = "vmoe",
@@ -49,6 +53,9 @@ class MoEVisionTransformer(TaskViTMixin):
         noise_std: float = 0.0,
         renormalize: bool = False,
         backend: str = "auto",
+        experts_per_task: int | None = None,
+        task_dim: int = 64,
+        gate_input: str = "after",
         drop_path: float = 0.0,
         in_chans: int = 3,
     ) -> None:
@@ -77,6 +84,9 @@ class MoEVisionTransformer(TaskViTMixin):
             noise_std=noise_std,
             renormalize=renormalize,
             backend=backend,
+            experts_per_task=experts_per_task,
+            task_dim=task_dim,
+            gate_input=gate_input,
         )
         self.set_plan(Plan())
 

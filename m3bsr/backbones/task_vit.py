@@ -48,6 +48,11 @@ class TaskViTMixin(ReprogrammedMixin):
         mlp = self.blocks[block].mlp
         return isinstance(mlp, MoEMlp) and any(p.requires_grad for p in mlp.gates.parameters())
 
+    def _gated_before(self) -> frozenset[int]:
+        """MoE blocks whose gates read the tokens as they enter the block."""
+        mlps = [(i, self.blocks[i].mlp) for i in self.moe_blocks]
+        return frozenset(i for i, mlp in mlps if isinstance(mlp, MoEMlp) and mlp.gate_input == "before")
+
     def forward(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:  # type: ignore[override]
         """Features ``[B, P + h*w, D]`` of each task asked for (default: all), before any final norm."""
         return self.forward_tasks(images, tasks).features
@@ -79,13 +84,15 @@ class TaskViTMixin(ReprogrammedMixin):
                 return state.repeat(len(tasks))
             return state
 
-        def run_mlp(index: int, mlp: nn.Module, x_BND: Tensor) -> Tensor:
+        def run_mlp(index: int, mlp: nn.Module, x_BND: Tensor, before_BND: Tensor | None) -> Tensor:
             if not isinstance(mlp, MoEMlp):
                 return mlp(x_BND)
-            y_BND, routing[index] = mlp(x_BND, streams)
+            y_BND, routing[index] = mlp(x_BND, streams, before_BND)
             return y_BND
 
-        state, grid = self.forward_tokens(images, restorable=restored, run_mlp=run_mlp, fork=fork)
+        state, grid = self.forward_tokens(
+            images, restorable=restored, run_mlp=run_mlp, fork=fork, want_before=self._gated_before()
+        )
         per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
         if restored:
             state = restore(state, self.plan.restore, grid, getattr(self, "bsr_adapters", None))
@@ -112,7 +119,7 @@ def add_moe(
     *,
     blocks: Sequence[int],
     tasks: Sequence[str],
-    num_experts: int,
+    num_experts: int | Sequence[int],
     top_k: int,
     mlp_ratio: float,
     gate: str,
@@ -120,22 +127,35 @@ def add_moe(
     noise_std: float = 0.0,
     renormalize: bool = False,
     backend: str = "auto",
+    experts_per_task: int | None = None,
+    task_dim: int = 64,
+    gate_input: str = "after",
 ) -> None:
     """Replace the MLP of the given blocks by mixtures of experts (fresh weights; see ``m3bsr.backbones.weights``).
 
+    Args:
+        blocks: 0-based, each once.
+        num_experts: in every block, or one number for each of ``blocks``.
+        mlp_ratio: width of an expert over the embedding width.
+        tasks, top_k, gate, ...: see :class:`~m3bsr.moe.MoEMlp`.
+
     Raises:
-        ValueError: a block out of range.
+        ValueError: a block out of range, a number of experts for another number of blocks, or what ``MoEMlp`` refuses.
     """
+    blocks = tuple(blocks)
     depth = len(vit.blocks)
     wrong = [i for i in blocks if not 0 <= i < depth]
     if wrong:
         raise ValueError(f"moe.blocks {wrong} out of range: the backbone has blocks 0 to {depth - 1}")
+    numbers = (num_experts,) * len(blocks) if isinstance(num_experts, int) else tuple(num_experts)
+    if len(numbers) != len(blocks):
+        raise ValueError(f"moe.num_experts has {len(numbers)} numbers for {len(blocks)} MoE blocks {blocks}")
     reference = next(vit.parameters())
-    for i in blocks:
+    for i, number in zip(blocks, numbers, strict=True):
         vit.blocks[i].mlp = MoEMlp(
             vit.embed_dim,
             round(vit.embed_dim * mlp_ratio),
-            num_experts,
+            number,
             top_k,
             gate=gate,
             gate_mode=gate_mode,
@@ -143,6 +163,9 @@ def add_moe(
             noise_std=noise_std,
             renormalize=renormalize,
             backend=backend,
+            experts_per_task=experts_per_task,
+            task_dim=task_dim,
+            gate_input=gate_input,
         ).to(reference.device, reference.dtype)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,11 +20,11 @@ from m3bsr.bsr.storage import Packer, Run, Storage, call, choose_storage, lean_m
 from m3bsr.bsr.tokens import TokenState, drop
 from m3bsr.plan import Plan
 
-RunMLP = Callable[[int, nn.Module, Tensor], Tensor]
+RunMLP = Callable[[int, nn.Module, Tensor, Tensor | None], Tensor]
 Fork = Callable[[int, TokenState], TokenState]
 
 
-def plain_mlp(index: int, mlp: nn.Module, x_BND: Tensor) -> Tensor:
+def plain_mlp(index: int, mlp: nn.Module, x_BND: Tensor, before_BND: Tensor | None) -> Tensor:
     return mlp(x_BND)
 
 
@@ -86,6 +86,7 @@ def run_blocks(
     adapters: nn.ModuleDict | None = None,
     run_mlp: RunMLP = plain_mlp,
     fork: Fork = no_fork,
+    want_before: Collection[int] = (),
 ) -> TokenState:
     """Run all blocks.
 
@@ -97,6 +98,8 @@ def run_blocks(
         restorable: record dropped features.
         run_mlp: called for the MLP of each block, so that a MoE layer can be told its tasks.
         fork: called right before each MLP; may multiply the batch (one copy per task).
+        want_before: blocks whose ``run_mlp`` is also given the tokens as they entered the block, before attention
+            (those that are still there, fused with the same weights as the tokens themselves).
     """
     packer = Packer.of(plan)
     for i, block in enumerate(blocks):
@@ -115,7 +118,7 @@ def run_blocks(
         attended: Attended = store.attention(
             _attention_half, block, i, state.x_BND, kind, state.num_prefix, needs_keys, store.stretch
         )
-        state = replace(state, x_BND=attended.x_BND)
+        state = replace(state, x_BND=attended.x_BND, before_BND=state.x_BND if i in want_before else None)
         scores, keys = (_ordinary(t, state) for t in (attended.scores_BM, attended.keys_BMd))
         if scores is not None and plan.score_source == "frozen":
             scores = scores.detach()
@@ -126,7 +129,8 @@ def run_blocks(
             dropping = partial(drop, keep_rate=keep_rates[i], fuse=plan.fuse, restorable=restorable, keys_BMd=keys)
             state = store.drop(_drop, block, i, state.x_BND, partial(dropping, state, used))
         state = fork(i, state)
-        state = replace(state, x_BND=store.mlp(_mlp_half, block, i, state.x_BND, run_mlp, store.stretch))
+        x_BND = store.mlp(_mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch)
+        state = replace(state, x_BND=x_BND, before_BND=None)
     return state
 
 
@@ -146,9 +150,11 @@ def _drop(block: Block, index: int, x_BND: Tensor, dropping: Callable[..., Token
     return dropping(block=index)
 
 
-def _mlp_half(block: Block, index: int, x_BND: Tensor, run_mlp: RunMLP, stretch: Run) -> Tensor:
+def _mlp_half(
+    block: Block, index: int, x_BND: Tensor, before_BND: Tensor | None, run_mlp: RunMLP, stretch: Run
+) -> Tensor:
     lean = stretch is not call and type(block.mlp) is Mlp
-    y_BND = lean_mlp(block, x_BND, stretch) if lean else run_mlp(index, block.mlp, block.norm2(x_BND))
+    y_BND = lean_mlp(block, x_BND, stretch) if lean else run_mlp(index, block.mlp, block.norm2(x_BND), before_BND)
     return x_BND + block.drop_path2(block.ls2(y_BND))
 
 

@@ -9,6 +9,7 @@ Source: BSR, arXiv 2405.10951; EViT, ICLR 2022 (fused token, keep-rate schedule)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from timm.models.vision_transformer import VisionTransformer
@@ -92,7 +93,13 @@ class ReprogrammedMixin(VisionTransformer):
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images)))), grid
 
     def forward_tokens(
-        self, images: Tensor, *, restorable: bool = False, run_mlp: RunMLP = plain_mlp, fork: Fork = no_fork
+        self,
+        images: Tensor,
+        *,
+        restorable: bool = False,
+        run_mlp: RunMLP = plain_mlp,
+        fork: Fork = no_fork,
+        want_before: Collection[int] = (),
     ) -> tuple[TokenState, tuple[int, int]]:
         """Images ``[B, 3, H, W]`` to the tokens behind the last block (before the final norm), and the patch grid."""
         x_BND, grid = self.embed(images)
@@ -109,6 +116,7 @@ class ReprogrammedMixin(VisionTransformer):
             adapters=getattr(self, "bsr_adapters", None),
             run_mlp=run_mlp,
             fork=fork,
+            want_before=want_before,
         )
         return state, grid
 

@@ -57,6 +57,8 @@ class TokenState:
     stages: tuple[DropStage, ...] = field(default=())
     undone: tuple[DropStage, ...] = field(default=())
     """Drops whose tokens are back already, without features: what the report shows."""
+    before_BND: Tensor | None = None
+    """The tokens as they entered the present block, if its MLP asks for them; they drop and fuse as the tokens do."""
 
     @property
     def num_ordinary(self) -> int:
@@ -142,15 +144,20 @@ def drop(
     K = num_kept(keep_rate, M)
     if K == M:
         return state
-    prefix, ordinary, protected = state.x_BND.split([P, M, Q], dim=1)
     keep_idx, drop_idx = select(scores_BM.detach(), K)
-    kept, dropped, weight = take(ordinary, keep_idx), take(ordinary, drop_idx), take(scores_BM, drop_idx)
-    parts = [prefix, kept, protected]
+    weight = take(scores_BM, drop_idx)
+
+    def without_dropped(x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        prefix, ordinary, protected = x_BND.split([P, M, Q], dim=1)
+        kept, dropped = take(ordinary, keep_idx), take(ordinary, drop_idx)
+        parts = [prefix, kept, protected]
+        if fuse != "none":
+            parts.insert(2 if fuse == "sum" else 3, fuse_tokens(dropped, weight, normalise=fuse == "mean"))
+        return torch.cat(parts, dim=1), kept, dropped
+
+    x_BND, kept, dropped = without_dropped(state.x_BND)
     patch, scores = take(state.patch_BM, keep_idx), state.scores_BM
     scores = None if scores is None else take(scores, keep_idx)
-    if fuse != "none":
-        fused = fuse_tokens(dropped, weight, normalise=fuse == "mean")
-        parts.insert(2 if fuse == "sum" else 3, fused)
     if fuse == "sum":
         patch = torch.cat([patch, patch.new_full((len(patch), 1), -1)], dim=1)
         if scores is not None and state.scores_BM is not None:
@@ -164,7 +171,8 @@ def drop(
             stage = replace(stage, x_keep_BKD=kept, match_BR=match)
     return replace(
         state,
-        x_BND=torch.cat(parts, dim=1),
+        x_BND=x_BND,
+        before_BND=None if state.before_BND is None else without_dropped(state.before_BND)[0],
         patch_BM=patch,
         num_protected=Q + (fuse == "mean"),
         scores_BM=scores,

@@ -19,6 +19,7 @@ from m3bsr.moe.routing import GateOutput, Routing
 from m3bsr.utils.lookup import lookup
 
 GATE_MODES = ("shared", "per_task", "task_conditioned")
+GATE_INPUTS = ("after", "before")
 SHARED = "shared"
 
 
@@ -53,6 +54,8 @@ class MoEMlp(nn.Module):
         backend: a name in `BACKENDS`, or "auto".
         experts_per_task: give each task a contiguous window of this many experts (None: all experts for all).
         task_dim: width of the task code (task_conditioned only).
+        gate_input: what the gates read: "after" attention, the tokens that the experts get, or "before" it, the
+            block's input (M3ViT's `gate_input_ahead`), which `forward` must then be given.
 
     Raises:
         ValueError: for unknown names, sizes that cannot route, or a backend whose library is missing.
@@ -73,16 +76,19 @@ class MoEMlp(nn.Module):
         backend: str = "auto",
         experts_per_task: int | None = None,
         task_dim: int = 64,
+        gate_input: str = "after",
     ) -> None:
         super().__init__()
         gate_type = lookup(GATES, gate, "gate")
         if gate_mode not in GATE_MODES:
             raise ValueError(f'gate_mode must be one of {", ".join(GATE_MODES)}, got "{gate_mode}"')
+        if gate_input not in GATE_INPUTS:
+            raise ValueError(f'gate_input must be one of {", ".join(GATE_INPUTS)}, got "{gate_input}"')
         if isinstance(tasks, str) or not tasks or len(set(tasks)) != len(tasks) or any("." in t for t in tasks):
             raise ValueError(f"tasks must be a tuple of distinct names without dots, got {tasks!r}")
         check_backend(backend)
         self.embed_dim, self.hidden_dim, self.num_experts, self.top_k = embed_dim, hidden_dim, num_experts, top_k
-        self.gate_mode, self.backend, self.tasks = gate_mode, backend, tuple(tasks)
+        self.gate_mode, self.gate_input, self.backend, self.tasks = gate_mode, gate_input, backend, tuple(tasks)
         self.windows: dict[str, tuple[int, int]] = {}
         if experts_per_task is not None:
             if experts_per_task < top_k:
@@ -117,11 +123,13 @@ class MoEMlp(nn.Module):
         """Route and run tokens `[len(tasks) * B, N, D]`, task-major; returns the same shape, and the routing.
 
         `gate_input_BND` (same shape) is what the gates read instead of the tokens, such as the block's input before
-        attention. Nothing is kept on the module: the losses are in the routing.
+        attention; a layer with `gate_input="before"` must get it. Nothing is kept on the module: the losses are in
+        the routing.
 
         Raises:
             ValueError: for a task without gate or window, or a batch that does not divide among the tasks.
         """
+        assert gate_input_BND is not None or self.gate_input == "after", "gates before attention need their input"
         gate_x_BND = x_BND if gate_input_BND is None else gate_input_BND
         if gate_x_BND.shape != x_BND.shape:
             raise ValueError(f"gate input {tuple(gate_x_BND.shape)} and tokens {tuple(x_BND.shape)} differ in shape")

@@ -44,9 +44,12 @@ def images() -> torch.Tensor:
         Plan((3, 5), drop_blocks=(2,), keep_rate=0.6, fuse="mean", restore="bypass"),
     ],
 )
-@pytest.mark.parametrize("gate_mode", ["per_task", "shared", "task_conditioned"])
-def test_tasks_together_equal_tasks_alone(plan: Plan, gate_mode: str) -> None:
-    backbone = make(gate_mode=gate_mode).eval()
+@pytest.mark.parametrize(
+    ("gate_mode", "gate_input"),
+    [("per_task", "after"), ("shared", "after"), ("task_conditioned", "after"), ("per_task", "before")],
+)
+def test_tasks_together_equal_tasks_alone(plan: Plan, gate_mode: str, gate_input: str) -> None:
+    backbone = make(gate_mode=gate_mode, gate_input=gate_input).eval()
     backbone.set_plan(plan)
     together = backbone.forward_tasks(images())
     assert together.grid == (4, 6)
@@ -56,6 +59,55 @@ def test_tasks_together_equal_tasks_alone(plan: Plan, gate_mode: str) -> None:
         assert len(alone.stages[task]) == len(together.stages[task]) == len(plan.drop_blocks)
         for a, b in zip(alone.stages[task], together.stages[task], strict=True):
             assert torch.equal(a.keep_idx_BK, b.keep_idx_BK)
+
+
+@pytest.mark.parametrize("fuse", ["sum", "mean", "none"])
+def test_gates_before_attention_read_the_tokens_that_are_still_there(fuse: str) -> None:
+    backbone = make(gate_input="before", gate_mode="task_conditioned").eval()
+    backbone.set_plan(Plan((), drop_blocks=(2, 3, 4), keep_rate=(0.7, 0.5, 0.9), fuse=fuse))
+    entered: dict[int, torch.Tensor] = {}
+    for i in (3, 5):
+        backbone.blocks[i].norm1.register_forward_pre_hook(lambda _, args, i=i: entered.update({i: args[0]}))
+    with torch.no_grad():
+        output = backbone.forward_tasks(images())
+    assert entered[3].shape[0] == 2  # still shared by the tasks
+    stage = output.stages["depth"][1]
+    ordinary = entered[3][:, 1 : 1 + stage.patch_BM.shape[1]]
+    kept = torch.stack([tokens[idx] for tokens, idx in zip(ordinary, stage.keep_idx_BK, strict=True)])
+    dropped = torch.stack([tokens[idx] for tokens, idx in zip(ordinary, stage.drop_idx_BR, strict=True)])
+    weight = stage.weight_BR / (stage.weight_BR.sum(1, keepdim=True) if fuse == "mean" else 1)
+    fused = (weight[..., None] * dropped).sum(1, keepdim=True)
+    protected = entered[3][:, 1 + ordinary.shape[1] :]
+    parts = {"sum": [kept, fused], "mean": [kept, protected, fused], "none": [kept]}[fuse]
+    expected = {3: torch.cat([entered[3][:, :1], *parts], dim=1).repeat(3, 1, 1), 5: entered[5]}
+    for i, before_BND in expected.items():
+        routing = backbone.blocks[i].mlp.route(before_BND, TASKS)
+        torch.testing.assert_close(output.routing[i].weights_TK, routing.weights_TK)
+        assert (output.routing[i].experts_TK == routing.experts_TK).float().mean() > 0.99
+
+
+def test_gates_before_attention_get_the_same_gradients_when_recomputed() -> None:
+    gradients = []
+    for recompute in ("none", "both"):
+        backbone = make(gate_input="before")
+        backbone.set_plan(Plan((3, 5), drop_blocks=(3,), keep_rate=0.5, restore="bypass", recompute=recompute))
+        output = backbone.forward_tasks(images())
+        (sum(f.square().mean() for f in output.features.values()) + output.balance_loss).backward()
+        gradients.append({n: p.grad for n, p in backbone.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and "blocks.3.mlp.gates.depth.w_gate" in gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_windows_and_task_codes_reach_the_layers() -> None:
+    backbone = make(experts_per_task=4, task_dim=5, gate_mode="task_conditioned", num_experts=(8, 6))
+    first, last = backbone.blocks[3].mlp, backbone.blocks[5].mlp
+    assert (first.num_experts, last.num_experts) == (8, 6)
+    assert first.windows == {"semseg": (0, 4), "depth": (2, 6), "normals": (4, 8)}
+    assert last.windows["normals"] == (2, 6)
+    assert first.gates["shared"].w_gate.shape == (24 + 5, 8)
+    with pytest.raises(ValueError, match=r"moe.num_experts has 3 numbers for 2 MoE blocks \(3, 5\)"):
+        make(num_experts=(8, 6, 4))
 
 
 def test_the_prefix_is_computed_once_and_one_task_costs_one_path() -> None:

@@ -50,6 +50,20 @@ def test_kept_tokens_stay_in_image_order_and_prefix_is_never_dropped(num_patches
         assert after is state
 
 
+@given(st.integers(0, 3), st.integers(2, 30), st.lists(rates, min_size=1, max_size=3), fuses)
+def test_what_entered_the_block_drops_and_fuses_as_the_tokens_do(num_prefix, num_patches, keep_rates, fuse) -> None:
+    x = torch.rand(2, num_prefix + num_patches, 3)
+    state = replace(start(x, num_prefix), before_BND=2 * x)
+    plain = start(x, num_prefix)
+    for block, rate in enumerate(keep_rates):
+        scores = torch.rand(2, state.num_ordinary)
+        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse)
+        plain = drop(plain, scores, block=block, keep_rate=rate, fuse=fuse)
+    assert torch.equal(state.x_BND, plain.x_BND) and plain.before_BND is None
+    torch.testing.assert_close(state.before_BND, 2 * state.x_BND)
+    assert torch.equal(state.repeat(2).before_BND, torch.cat([state.before_BND] * 2))
+
+
 @pytest.mark.parametrize(
     ("rate", "tokens", "kept"),
     [(0.5, 196, 98), (0.7, 196, 138), (0.7, 139, 98), (0.55, 100, 55), (0.001, 9, 1), (1, 7, 7)],

@@ -97,6 +97,12 @@ def test_gate_input_routes_and_tokens_are_transformed() -> None:
     with pytest.raises(ValueError, match="differ in shape"):
         moe(x_BND, ("depth",), before_BND[:1])
     assert y.shape == x_BND.shape
+    ahead = make(gate_input="before").eval()
+    assert torch.equal(ahead(x_BND, ("depth",), before_BND)[0], y)
+    with pytest.raises(AssertionError, match="need their input"):
+        ahead(x_BND, ("depth",))
+    with pytest.raises(ValueError, match="gate_input must be one of after, before"):
+        make(gate_input="within")
 
 
 def test_state_dict_names() -> None:

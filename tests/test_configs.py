@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3bsr.build import build_model
+from m3bsr.build import build_model, build_tasks
 from m3bsr.config import Config, load_config, replace
 from m3bsr.data import DATASETS, RECIPES
 
@@ -43,13 +43,16 @@ def test_config_builds_and_runs_at_tiny_size(path):
     dataset = DATASETS[config.data.name]
     assert config.data.augment in getattr(dataset, "recipes", RECIPES)
     tiny = dict(TINY)
-    if config.data.sets or hasattr(dataset, "read_task_kwargs"):  # the number of classes lies in a folder that is not there
+    if config.data.sets or hasattr(
+        dataset, "read_task_kwargs"
+    ):  # the number of classes lies in a folder that is not there
         tiny["data.num_classes"] = dict.fromkeys(config.data.tasks, 3)
     torch.manual_seed(0)
     model = build_model(replace(config, tiny)).eval()
     with torch.no_grad():
         output = model(torch.randn(1, 3, 32, 48), size=(32, 48))
     assert set(output.predictions) == set(config.data.tasks)
-    for prediction in output.predictions.values():
-        expected = (1, 3) if prediction.ndim == 2 else (*prediction.shape[:2], 32, 48)
+    classes = {name: task.num_channels for name, task in build_tasks(replace(config, tiny)).items()}
+    for name, prediction in output.predictions.items():
+        expected = (1, classes[name]) + ((32, 48) if prediction.ndim == 4 else ())
         assert prediction.shape == expected and prediction.isfinite().all()

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("network", "original"),
         help="score at the size of the network's input, or at the labels' own",
     )
+    parser.add_argument("--split", help="another split than the run's data.val_split, such as test")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these; only their path is computed")
     parser.add_argument("--root", help="where the data lies now, if it was moved")
     parser.add_argument("--max-val", type=int, help="only the first so many images")
@@ -35,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-workers", type=int)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--out", type=Path, help="JSON file to write, RUN/metrics-CHECKPOINT-PROTOCOL.json by default")
+    parser.add_argument("--out", type=Path, help="JSON file to write, in the run folder by default")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    out = args.out or args.run / f"metrics-{args.checkpoint}-{args.protocol}.json"
+    split = f"-{args.split}" if args.split else ""
+    out = args.out or args.run / f"metrics-{args.checkpoint}-{args.protocol}{split}.json"
     report = evaluate_run(
         args.run,
         checkpoint=args.checkpoint,
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device,
         changes={
             "data.root": args.root,
+            "data.val_split": args.split,
             "data.max_val": args.max_val,
             "data.num_workers": args.num_workers,
             "train.eval_batch_size": args.batch_size,

@@ -1,6 +1,6 @@
 """DeiT-tiny on ten classes of small photographs (a tenth of a tenth of CIFAR-10: 2,000 train, 600 val), by BSR.
 
-Command:   tools/train.py configs/deit_tiny_image_folder.py --data.root FOLDER
+Command:   tools/train.py configs/image_folder.py --data.root FOLDER
            --model.weights deit_tiny_patch16_224.safetensors
 FOLDER holds {train,val}/<class>/*.png; the number of classes is found there. Without --model.weights timm downloads
 them.

@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from m3bsr.cli.common import one_line_errors
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}; found out by default")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only their labels; all that are there by default")
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", default=["train", "val"])
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores; 0: this one)"
+    )
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.workers < 0:
         raise ValueError(f"--workers must not be negative, got {args.workers}")
@@ -79,31 +82,69 @@ def guess(root: Path) -> str:
 
 
 def faults(samples: Any, workers: int, title: str) -> Iterator[str]:
-    """What is wrong, a line each, in the order of the samples; a progress bar on stderr."""
-    loader = DataLoader(_Faults(samples), batch_size=None, num_workers=workers if len(samples) > workers else 0)
+    """What is wrong, a line each, in the order of the samples; a progress bar on stderr.
+
+    A file that kills its reader (a damaged MATLAB file can, in scipy) is a fault like others, unless ``workers`` is 0.
+    """
     seen: set[str] = set()
-    for lines in tqdm(loader, desc=title, unit="sample", leave=False):
-        for line in lines:
-            if line not in seen:  # one file may serve two tasks
-                seen.add(line)
-                yield line
+    with tqdm(total=len(samples), desc=title, unit="sample", leave=False) as bar:
+        for lines in _all_faults(samples, workers):
+            bar.update()
+            new = [line for line in lines if line not in seen]  # one file may serve two tasks
+            seen.update(new)
+            yield from new
 
 
-class _Faults(Dataset[list[str]]):
-    def __init__(self, samples: Any) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> list[str]:
-        if isinstance(self.samples, DenseImages):
-            return self.samples.faults(index)
+def _all_faults(samples: Any, workers: int) -> Iterator[list[str]]:
+    if workers == 0 or len(samples) < 2:
+        yield from (faults_of(samples, index) for index in range(len(samples)))
+        return
+    done = 0
+    while done < len(samples):
+        size = max(1, min(16, (len(samples) - done) // (4 * workers)))
         try:
-            self.samples[index]
-        except (ValueError, OSError) as error:
-            return [str(error)]
-        return []
+            with ProcessPoolExecutor(workers, initializer=_keep, initargs=(samples,)) as pool:
+                for lines in pool.map(_faults_of_kept, range(done, len(samples)), chunksize=size):
+                    yield lines
+                    done += 1
+        except BrokenProcessPool:  # some process is gone, and took others' results along: the next sample by itself
+            yield _alone(samples, done)
+            done += 1
+
+
+def _alone(samples: Any, index: int) -> list[str]:
+    try:
+        with ProcessPoolExecutor(1, initializer=_keep, initargs=(samples,)) as pool:
+            return pool.submit(_faults_of_kept, index).result()
+    except BrokenProcessPool:
+        names = getattr(samples, "names", None)
+        return [
+            f"{samples.root}: reading {names[index] if names else f'sample {index}'} ended the process: damaged file?"
+        ]
+
+
+_kept: Any = None
+
+
+def _keep(samples: Any) -> None:
+    """In a worker: the samples, sent once."""
+    global _kept
+    _kept = samples
+
+
+def _faults_of_kept(index: int) -> list[str]:
+    return faults_of(_kept, index)
+
+
+def faults_of(samples: Any, index: int) -> list[str]:
+    """What is wrong with the files of one sample."""
+    if isinstance(samples, DenseImages):
+        return samples.faults(index)
+    try:
+        samples[index]
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
 
 
 def overlaps(names: dict[str, list[str]]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,24 @@ def test_faults_of_a_split_file_and_samples_in_both_splits(nyud, capsys):
     (nyud / "gt_sets" / "val.txt").unlink()
     code, out = _run(capsys, nyud, "--workers", 0)
     assert code == 1 and "missing split file" in out
+
+
+class Deadly(list):
+    """Sample 5 kills its reader, as scipy does on some damaged files; 3 and 20 are faulty."""
+
+    root = Path("data")
+
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index in (3, 20):
+            raise ValueError(f"file {index}")
+        return index
+
+
+def test_a_file_that_kills_its_reader_is_a_fault(capsys):
+    found = list(check_data.faults(Deadly(range(24)), 2, "train"))
+    assert found == ["file 3", "data: reading sample 5 ended the process: damaged file?", "file 20"]
 
 
 def test_layouts_are_found_out(tmp_path, nyud, capsys):

@@ -26,7 +26,7 @@ from m3bsr.bsr.delta_file import DeltaInfo, Fingerprint, read, write
 from m3bsr.bsr.reprogram import ReprogrammedMixin, recast
 
 # What decides about a forward pass and shows in no tensor's name or shape; compared wherever a module has it.
-SETTINGS = ("num_heads", "global_pool", "pool", "tasks", "top_k", "gate_mode", "renormalize")
+SETTINGS = ("num_heads", "global_pool", "pool", "tasks", "top_k", "gate_mode", "gate_input", "renormalize")
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -426,9 +426,10 @@ def parse_cli(argv: Sequence[str], description: str) -> tuple[Config, str]:
 
 def _one_line(message: str) -> str:
     """tyro's framed error as one line: the field, what it takes, what it got, the nearest match."""
+    message = re.sub(r"\A[^\n]*\n\s*-{5,}\s*\n", "", message)  # the title, where the terminal has no box characters
     lines = [re.sub(r"^[\s│]+|[\s│]+$", "", line) for line in message.splitlines()]
     text = "\n".join(line for line in lines if line and line[0] not in "╭╰")
-    what, *rest = re.split(r"\n?─{5,}\n?", text)
+    what, *rest = re.split(r"\n?(?:─|-){5,}\n?", text)
     what = re.sub(r"\s+", " ", what).strip()
     if choice := re.match(r"invalid choice '(.*)' for argument '(--[\w.-]+)'\. Expected one of \((.*)\)", what):
         got, option, known = choice.groups()

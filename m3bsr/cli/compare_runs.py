@@ -14,67 +14,118 @@ from m3bsr.cli.report import pictures_of
 from m3bsr.config import replace
 from m3bsr.cost import paired_ratio, time_interleaved
 from m3bsr.report import compare_report, comparison_row
-from m3bsr.report.compare import COST_COLUMNS
+from m3bsr.report.compare import ON_FRONT, pareto_charts
+from m3bsr.report.pareto import standalone
+from m3bsr.report.rows import as_text, group_runs, same_or_complain, table_rows, write_table
+from m3bsr.utils.lookup import lookup
 from m3bsr.utils.malloc import keep_freed_memory
+
+Groups = Mapping[str, Sequence[Path]]
+Rows = dict[str, dict[str, Any]]
 
 
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for a user error."""
-    parser = argparse.ArgumentParser(prog="tools/compare_runs.py", description="Finished runs side by side.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders; ratios are to the last one")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare.html"), help="page to write")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each run; 0 takes the times of training")
+    parser = argparse.ArgumentParser(
+        prog="tools/compare_runs.py",
+        description="Finished runs side by side. NAME-s0, NAME-s1 ... are seeds of NAME and share a row.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, in the order of the table")
+    parser.add_argument("--out", type=Path, default=Path("runs/compared"), help="folder of the page and the tables")
+    parser.add_argument("--reference", help="name that shares and delta_m are against (default: full, else the last)")
+    parser.add_argument("--each", action="store_true", help="a row for every folder, also for seeds of one name")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; 0 takes the times of training")
+    parser.add_argument("--pictures", type=int, default=3, help="number of photographs; 0 needs no data")
     parser.add_argument("--root", help="where the data lies now, if it was moved (for the pictures)")
+    parser.add_argument("--title", default="Comparison", help="title of the page")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    runs = {run.name: run for run in args.runs}
-    if len(runs) < len(args.runs):
-        raise ValueError("two of the run folders have the same name")
-    rows = compare_rows(runs, rounds=args.rounds)
-    print(as_text(rows, reference=args.runs[-1].name))
-    pictures = {}
-    for name, run in runs.items():
-        config, model, _ = open_run(run)
-        pictures[name] = pictures_of(replace(config, {"data.root": args.root or config.data.root}), model, num=3)
-    print(f"open {compare_report(args.out, rows, runs, collected=pictures)}")
+    if args.out.suffix == ".html":
+        raise ValueError(f"--out takes a folder (report.html is written into it), got {args.out}")
+    groups = {run.name: [run] for run in args.runs} if args.each else group_runs(args.runs)
+    write_comparison(
+        args.out,
+        groups,
+        reference=pick_reference(groups, args.reference),
+        rounds=args.rounds,
+        pictures=args.pictures,
+        root=args.root,
+        title=args.title,
+    )
     return 0
 
 
-def compare_rows(runs: Mapping[str, Path], *, rounds: int) -> dict[str, dict[str, Any]]:
-    """A row per run: metrics and costs from its folder; step times measured now, the runs taking turns.
+def pick_reference(groups: Groups, wanted: str | None = None) -> str:
+    """The name that all others are compared with: ``full`` where there is one, else the last.
 
     Raises:
-        FileNotFoundError, ValueError: a folder without a finished run.
+        ValueError: no such name.
     """
-    for run in runs.values():
-        if not (run / "result.json").is_file():
-            raise FileNotFoundError(f"{run} holds no finished run (no result.json)")
-    rows = {name: comparison_row(run) for name, run in runs.items()}
-    if rounds > 0:
-        keep_freed_memory()
-        steps = {name: step_job(*open_run(run)[:2]).runner() for name, run in runs.items()}
-        times = time_interleaved(steps, repeats=rounds, warmup=1)
-        last = times[next(reversed(times))]
-        for name, timing in times.items():
-            rows[name] |= {"step_ms": timing.median_ms, "step_ratio": paired_ratio(timing, last)}
+    if wanted is not None:
+        lookup(groups, wanted, "--reference")
+        return wanted
+    return "full" if "full" in groups else list(groups)[-1]
+
+
+def write_comparison(
+    out: Path,
+    groups: Groups,
+    *,
+    reference: str,
+    rounds: int,
+    pictures: int = 3,
+    root: str | None = None,
+    title: str = "Comparison",
+    subtitle: str = "",
+    note: str = "",
+    first_rows: Rows | None = None,
+) -> Rows:
+    """Print the table; write ``report.html, table.csv, table.json, pareto-*.svg`` into ``out``.
+
+    Args:
+        groups: per name its run folders (seeds).
+        first_rows: rows above those of the runs, which no run folder stands behind.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`compare_rows`.
+    """
+    rows = {**(first_rows or {}), **compare_rows(groups, rounds=rounds, reference=reference)}
+    print(as_text(rows), flush=True)
+    shown = {}
+    for name, runs in groups.items() if pictures > 0 else ():
+        config, model, _ = open_run(runs[0])
+        shown[name] = pictures_of(replace(config, {"data.root": root or config.data.root}), model, num=pictures)
+    folders = {name: list(map(str, runs)) for name, runs in groups.items()}
+    write_table(out, rows, reference=reference, runs=folders)
+    for cost, svg in pareto_charts(rows).items():
+        (out / f"pareto-{ON_FRONT[cost].lower()}.svg").write_text(standalone(svg), encoding="utf-8")
+    page = compare_report(
+        out / "report.html", rows, folders, title=title, subtitle=subtitle, note=note, collected=shown
+    )
+    print(f"open {page}; {out}/table.csv and table.json hold the numbers")
     return rows
 
 
-def as_text(rows: Mapping[str, Mapping[str, Any]], reference: str) -> str:
-    """The table for the terminal: runs as columns, then each as a share of the reference."""
-    labels = {column.key: column.label for column in COST_COLUMNS}
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    others = [name for name in rows if name != reference and rows[name].get("step_ms")]
-    header = [*rows, *(f"{name}/{reference}" for name in others)]
-    width = max(14, *(len(name) + 2 for name in header))
-    lines = [" " * 24 + "".join(f"{name:>{width}}" for name in header)]
-    for key in keys:
-        values = [row.get(key) for row in rows.values()]
-        base = rows[reference].get(key)
-        shares = [rows[name][key] / base if base and rows[name].get(key) is not None else None for name in others]
-        if key == "step_ratio":
-            shares = [None] * len(others)
-        cells = "".join(f"{'' if v is None else format(v, '.4g'):>{width}}" for v in values)
-        ratios = "".join(f"{'' if v is None else format(v, '.2f'):>{width}}" for v in shares)
-        lines.append(f"{labels.get(key, key):<24}{cells}{ratios}")
-    return "\n".join(lines)
+def compare_rows(groups: Groups, *, rounds: int, reference: str) -> Rows:
+    """A row per name: metrics and costs from the folders of its seeds, delta_m and the share of the step against
+    ``reference``; step times measured now, the first run of each name taking turns with the others.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder without a finished run, seeds with other settings.
+    """
+    for name, runs in groups.items():
+        for run in runs:
+            if not (run / "result.json").is_file():
+                raise FileNotFoundError(f"{run} holds no finished run (no result.json)")
+        same_or_complain(name, runs)
+    rows = table_rows({name: [comparison_row(run) for run in runs] for name, runs in groups.items()}, reference)
+    if rounds > 0:
+        keep_freed_memory()
+        jobs = {name: step_job(*open_run(runs[0])[:2]) for name, runs in groups.items()}
+        device = next(iter(jobs.values())).device
+        times = time_interleaved(
+            {name: job.runner() for name, job in jobs.items()}, repeats=rounds, warmup=1, device=device
+        )
+        for name, timing in times.items():
+            rows[name] |= {"step_ms": timing.median_ms, "step_ratio": paired_ratio(timing, times[reference])}
+    return rows

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from m3bsr.build import build_datasets, build_model, build_tasks
-from m3bsr.cli.common import one_line_errors, open_run
-from m3bsr.cli.compare_runs import as_text, compare_rows
-from m3bsr.cli.report import pictures_of
+from m3bsr.cli.common import one_line_errors
+from m3bsr.cli.compare_runs import write_comparison
 from m3bsr.cli.train import run as train_run
 from m3bsr.config import Config, load_config, replace
 from m3bsr.data.files import dataset_path
 from m3bsr.engine.evaluate import evaluate
 from m3bsr.engine.loader import eval_loader
-from m3bsr.report import compare_report
 
 FULL = {"bsr.train_blocks": "all", "bsr.drop_blocks": (), "bsr.restore_before": None}
 DOMAINS = ("source", "target")
@@ -59,21 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"stopped by {signal.Signals(result.stopped_by).name}; start again with the same command")
             return 128 + result.stopped_by
     say("comparing: steps timed in turns")
-    rows: dict[str, dict[str, Any]] = {"not adapted": source_row(configs)}
-    rows |= compare_rows({name: args.dir / name for name in ("bsr", "full")}, rounds=args.rounds)
-    pictures = {name: pictures_of(*open_run(args.dir / name)[:2], num=3) for name in ("bsr", "full")}
-    page = compare_report(
-        args.dir / "report.html",
-        rows,
-        {name: args.dir / name for name in configs},
+    write_comparison(
+        args.dir,
+        {name: [args.dir / name] for name in ("bsr", "full")},
+        reference="full",
+        rounds=args.rounds,
         title="BSR beside full fine-tuning",
         subtitle="A small M3ViT, four dense tasks, ray-cast rooms of another domain",
-        collected=pictures,
         note=NOTE,
+        first_rows={"not adapted": source_row(configs)},
     )
-    print(as_text(rows, reference="full"))
-    print(f"\n{time.perf_counter() - began:.0f} s; every run has a report of its own under {args.dir}/*/report.html")
-    print(f"open {page}")
+    print(f"{time.perf_counter() - began:.0f} s; every run has a report of its own under {args.dir}/*/report.html")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Several runs side by side: a table, their curves in one chart, their pictures of the same photographs."""
+"""Several ways of training side by side: a table, quality against cost, curves, pictures of the same photographs."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,48 +13,21 @@ from m3bsr.report.collect import Collected
 from m3bsr.report.curves import Series, training_curves
 from m3bsr.report.html import Column, Section
 from m3bsr.report.panels import Group, Picture, expert_group, token_group
+from m3bsr.report.pareto import Point, front, pareto_chart
 from m3bsr.report.routing import load_maps, of_pictures
-from m3bsr.report.run import COST, MB, curves, read_json
-from m3bsr.tasks import TASKS
+from m3bsr.report.rows import COLUMNS, DELTA_M, Row, better, columns_of, quality, spread_of_seeds
+from m3bsr.report.run import curves
 
-
-def comparison_row(run_dir: str | Path) -> dict[str, Any]:
-    """One row of :func:`compare_report` from the files of a run: main metric of each task, costs.
-
-    Keys: `{task} {metric}`, `step_ms, measured_peak_mb, trainable_m, train_step_gmacs, saved_mb, wall_s`.
-    """
-    run_dir = Path(run_dir)
-    result, cost = read_json(run_dir / "result.json"), read_json(run_dir / COST)
-    row: dict[str, Any] = {}
-    for task, scores in (result.get("metrics") or {}).items():
-        main = getattr(TASKS.get(task), "main_metric", next(iter(scores), ""))
-        row[f"{task} {main}"] = scores.get(main)
-    row["step_ms"] = result.get("step_ms", {}).get("median", cost.get("step_ms"))
-    if cost:
-        row["measured_peak_mb"] = cost["measured_peak_bytes"] / MB
-        row["saved_mb"] = cost["saved_bytes_per_sample"] / MB
-        row["train_step_gmacs"] = cost["train_step_gmacs"]
-    trained = result.get("parameters", {}).get("trained", cost.get("trainable_params"))
-    row["trainable_m"] = None if trained is None else trained / 1e6
-    row["wall_s"] = result.get("wall_s")
-    return row
-
-
-COST_COLUMNS = (
-    Column("step_ms", "step, ms", "low", 3),
-    Column("step_ratio", "step, share", "low", 3),
-    Column("measured_peak_mb", "measured peak, MB", "low", 3),
-    Column("saved_mb", "stored a sample, MB", "low", 3),
-    Column("trainable_m", "trained, M", "low", 3),
-    Column("train_step_gmacs", "step, GMACs a sample", "low", 3),
-    Column("wall_s", "total time, s", "low", 3),
-)
+COST_KEYS = {column.key for column in COLUMNS} - {"seeds", DELTA_M}
+# Costs that quality is drawn against.
+COSTS = ("measured_peak_mb", "step_ms", "train_step_gmacs")
+ON_FRONT = {"measured_peak_mb": "memory", "step_ms": "time", "train_step_gmacs": "GMACs"}
 
 
 def compare_report(
     path: str | Path,
-    rows: Mapping[str, Mapping[str, Any]],
-    runs: Mapping[str, str | Path] | None = None,
+    rows: Mapping[str, Row],
+    runs: Mapping[str, str | Path | Sequence[str | Path]] | None = None,
     *,
     title: str = "Comparison",
     subtitle: str = "",
@@ -63,15 +37,17 @@ def compare_report(
     """Write a page with runs side by side.
 
     Args:
-        rows: per name of a run its row, as from :func:`comparison_row`; keys beside its own are columns too.
-        runs: per name the run folder, for the curves (one colour a run).
+        rows: per name a row, as from :func:`m3bsr.report.rows.table_rows`; keys beside its own are columns too.
+        runs: per name the run folder, or those of its seeds, for the curves (one colour a name, mean over seeds).
         collected: per name what the same photographs showed.
     """
-    folders = {name: Path(folder) for name, folder in (runs or {}).items()}
-    logs = {n: read_log(folder / "log.jsonl") for n, folder in folders.items() if (folder / "log.jsonl").is_file()}
-    links = "".join(html.paragraph(f"{name}: {folder}") for name, folder in folders.items())
+    folders = {n: [Path(f) for f in ([of] if isinstance(of, str | Path) else of)] for n, of in (runs or {}).items()}
+    found = {n: [f / "log.jsonl" for f in of if (f / "log.jsonl").is_file()] for n, of in folders.items()}
+    logs = {name: [read_log(file) for file in files] for name, files in found.items() if files}
+    links = "".join(html.paragraph(f"{name}: {', '.join(map(str, of))}") for name, of in folders.items())
     sections = [
-        Section("Table", compare_table(rows), note),
+        Section("Table", compare_table(rows), " ".join(filter(None, (note, seeds_note(rows))))),
+        Section("Quality against cost", html.figures(pareto_figures(rows)), FRONT_NOTE),
         Section("Curves", (html.legend(list(logs)) + curves(joined_curves(logs))) if logs else ""),
         *compare_pictures(collected or {}),
         Section("Runs", links),
@@ -79,29 +55,92 @@ def compare_report(
     return html.write_report(path, title, sections, subtitle)
 
 
-def compare_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+FRONT_NOTE = (
+    "Filled: no other is both as cheap and as good. The dashed line is the best quality that a cost buys. Whiskers are "
+    "standard deviations over seeds."
+)
+
+
+def seeds_note(rows: Mapping[str, Row]) -> str:
+    """How much seeds alone make out."""
+    spread, key = spread_of_seeds(rows), quality(rows)
+    if spread is None:
+        return ""
+    return f"Means over seeds, ± standard deviation. {key}: the median standard deviation is {html.number(spread, 2)}."
+
+
+def compare_table(rows: Mapping[str, Row]) -> str:
     """The sortable table; the best value of each column is marked."""
-    known = {column.key: column for column in COST_COLUMNS}
-    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
-    columns = [Column("run", "run")]
-    columns += [Column(key, key, _better(key)) for key in keys if key not in known]
-    columns += [column for column in COST_COLUMNS if column.key in keys]
-    return html.table(columns, [{"run": name, **row} for name, row in rows.items()])
+    fronts = {cost: {p.name for p in front(points_of(rows, cost), better(quality(rows)))} for cost in COSTS}
+    columns, lines = columns_of(rows), []
+    for name, row in rows.items():
+        on = [ON_FRONT[cost] for cost, names in fronts.items() if name in names]
+        lines.append({"run": name, **row, "front": ", ".join(on)})
+    if len(rows) > 1 and any(fronts.values()):
+        behind = next((i for i, column in enumerate(columns) if column.key in COST_KEYS), len(columns))
+        columns.insert(behind, Column("front", "on the front of"))
+    return html.table(columns, lines)
 
 
-def _better(key: str) -> Any:
-    """Whether the main metric of a task (`task metric`) is better high or low; nothing for other columns."""
-    task = TASKS.get(key.split(" ")[0])
-    return "" if task is None else "high" if task.higher_is_better else "low"
+def points_of(rows: Mapping[str, Row], cost: str) -> list[Point]:
+    """Runs with both a quality and this cost."""
+    key = quality(rows)
+    return [
+        Point(name, float(row[cost]), float(row[key]), getattr(row[key], "spread", 0.0), index)
+        for index, (name, row) in enumerate(rows.items())
+        if row.get(key) is not None and row.get(cost) is not None
+    ]
 
 
-def joined_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, Series]]:
-    """The same curve of all runs in one chart; every run keeps its colour, also where it has no points."""
+def pareto_charts(rows: Mapping[str, Row]) -> dict[str, str]:
+    """Quality against each cost, as SVG, by the key of the cost."""
+    key, labels = quality(rows), {column.key: column.label for column in COLUMNS}
+    charts = {
+        cost: pareto_chart(points_of(rows, cost), cost=labels[cost], quality=labels.get(key, key), better=better(key))
+        for cost in COSTS
+    }
+    return {cost: svg for cost, svg in charts.items() if svg}
+
+
+def pareto_figures(rows: Mapping[str, Row]) -> dict[str, str]:
+    """The same with titles."""
+    labels = {column.key: column.label for column in COLUMNS}
+    named = labels.get(quality(rows), quality(rows))
+    return {f"{named} against {labels[cost]}": svg for cost, svg in pareto_charts(rows).items()}
+
+
+def joined_curves(logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[tuple[str, Series]]:
+    """The same curve of all names in one chart, mean over seeds; every name keeps its colour, also without points."""
     joined: dict[str, dict[str, Any]] = {}
-    for name, records in logs.items():
-        for title, series in training_curves(records):
-            joined.setdefault(title, {n: () for n in logs})[name] = next(iter(series.values()))
+    for name, seeds in logs.items():
+        points: dict[str, list[Sequence[tuple[float, float]]]] = {}
+        for records in seeds:
+            for title, series in training_curves(records):
+                points.setdefault(title, []).append(next(iter(series.values())))
+        for title, of_seeds in points.items():
+            joined.setdefault(title, {n: () for n in logs})[name] = mean_curve(of_seeds)
     return list(joined.items())
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Mean at every step that all curves have."""
+    by_step: dict[float, list[float]] = {}
+    for curve in curves:
+        for step, value in curve:
+            by_step.setdefault(step, []).append(value)
+    return [(step, statistics.fmean(values)) for step, values in by_step.items() if len(values) == len(curves)]
+
+
+def answers_table(collected: Mapping[str, Collected]) -> str:
+    """What each says about the same photographs, for tasks with one answer an image."""
+    rows = []
+    for samples in zip(*(c.samples for c in collected.values()), strict=False):
+        for task in samples[0].answers:
+            said = {name: s.answers.get(task, "") for name, s in zip(collected, samples, strict=True)}
+            rows.append(
+                {"photo": samples[0].name if len(samples[0].answers) == 1 else f"{samples[0].name}, {task}"} | said
+            )
+    return html.table([Column("photo", "photo"), *(Column(name, name) for name in collected)], rows)
 
 
 def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
@@ -129,7 +168,7 @@ def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
     ]
     loads = "".join(f"<h3>{name}</h3>{load_maps(of_pictures(runs))}" for name, runs in collected.items() if runs.load)
     return [
-        Section("Predictions", html.picture_groups(groups)),
+        Section("Predictions", html.picture_groups(groups) + answers_table(collected)),
         Section("Tokens kept", html.picture_groups(dropped), "Greyed patches were dropped."),
         Section("Experts chosen", html.picture_groups(experts, small=True, longest=240), "First choice of each patch."),
         Section("Expert load", loads, "Share of choices in per cent, over the photographs above."),

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from m3bsr.report.style import COLOURS
+
 Series = Mapping[str, Sequence[tuple[float, float]]]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 224, 52, 10, 10, 34
 
@@ -77,7 +79,7 @@ def line_chart(series: Series, *, x_label: str = "step", label: str = "") -> str
             parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{tick_label(tick)}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{html.escape(x_label)}</text>')
     for index, (name, points) in enumerate(series.items()):
-        colour = f"var(--c{index % 8})"
+        colour = f"var(--c{index % COLOURS})"
         places = [at(x, y) for x, y in sorted(points)]
         if not places:
             continue

@@ -20,7 +20,8 @@ from PIL import Image
 
 from m3bsr.report.curves import Series, line_chart
 from m3bsr.report.panels import Group, shrink
-from m3bsr.report.style import SCRIPT, STYLE
+from m3bsr.report.spread import Spread
+from m3bsr.report.style import COLOURS, SCRIPT, STYLE
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], sortable
             is_best = best[column.key] is not None and value == best[column.key]
             data = f' data-value="{float(value)!r}"' if _is_number(value) else ""  # type: ignore[arg-type]
             kind = _class(column.key in numeric and "num", is_best and "best", isinstance(value, str) and "wrap")
-            cells.append(f"<td{kind}{data}>{html.escape(number(value, column.digits))}</td>")
+            apart = f" ± {value.spread:.2g}" if isinstance(value, Spread) and value.spread else ""
+            cells.append(f"<td{kind}{data}>{html.escape(number(value, column.digits) + apart)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     name = ' class="sortable"' if sortable and len(rows) > 1 else ""
     return (
@@ -202,18 +204,21 @@ def data_uri(picture: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
 
 
+def figures(drawn: Mapping[str, str]) -> str:
+    """Charts that are drawn already, side by side, by title."""
+    inside = "".join(f"<div><h3>{html.escape(title)}</h3>{svg}</div>" for title, svg in drawn.items() if svg)
+    return f'<div class="charts">{inside}</div>' if inside else ""
+
+
 def charts(titled: Sequence[tuple[str, Series]]) -> str:
     """Line charts side by side."""
-    drawn = [(title, line_chart(series, label=title)) for title, series in titled]
-    inside = "".join(f"<div><h3>{html.escape(title)}</h3>{svg}</div>" for title, svg in drawn if svg)
-    return f'<div class="charts">{inside}</div>' if inside else ""
+    return figures({title: line_chart(series, label=title) for title, series in titled})
 
 
 def legend(names: Sequence[str]) -> str:
     """Which colour of a chart stands for which series."""
-    entries = (
-        f'<span><i style="background:var(--c{i % 8})"></i>{html.escape(name)}</span>' for i, name in enumerate(names)
-    )
+    colours = (f'<i style="background:var(--c{i % COLOURS})"></i>' for i in range(len(names)))
+    entries = (f"<span>{colour}{html.escape(name)}</span>" for colour, name in zip(colours, names, strict=True))
     return f'<div class="legend">{"".join(entries)}</div>'
 
 

@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def describe(config: Mapping[str, Any]) -> str:
     """One line: backbone, data, tasks, what trains."""
-    model, data, bsr = config.get("model", {}), config.get("data", {}), config.get("bsr", {})
+    model, bsr = config.get("model", {}), config.get("bsr", {})
     method = str(model.get("method", "bsr"))
     blocks = bsr.get("train_blocks", "all")
     trains = "all parameters" if blocks == "all" else f"blocks {_listing(blocks)} and the heads"
@@ -69,9 +69,15 @@ def describe(config: Mapping[str, Any]) -> str:
     if method != "bsr":
         trains, drops = f"by {method}: {getattr(METHODS.get(method.partition(':')[0]), 'what', method)}", ()
     dropping = f", tokens dropped at {_listing(drops)} (keep rate {bsr.get('keep_rate')})" if drops else ""
+    return f"{describe_data(config)} Trains {trains}{dropping}."
+
+
+def describe_data(config: Mapping[str, Any]) -> str:
+    """One line: backbone, data, tasks."""
+    model, data = config.get("model", {}), config.get("data", {})
     size = " x ".join(map(str, data.get("image_size", ())))
     tasks = ", ".join(data.get("tasks", ()))
-    return f"{model.get('backbone', '')} on {data.get('name', '')} at {size}: {tasks}. Trains {trains}{dropping}."
+    return f"{model.get('backbone', '')} on {data.get('name', '')} at {size}: {tasks}."
 
 
 def _listing(values: Any) -> str:

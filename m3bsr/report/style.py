@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+COLOURS = 12
+"""Colours of series: `--c0`, `--c1` ...; a thirteenth series starts again."""
+
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -9,6 +12,7 @@ STYLE = """
   --good: #e3f3e6; --head: #eef1f5;
   --c0: #2563c9; --c1: #d9622b; --c2: #1f9254; --c3: #8b4fc4;
   --c4: #c2366f; --c5: #8a6d1d; --c6: #138a9c; --c7: #6b7280;
+  --c8: #7a3b12; --c9: #4d8f0f; --c10: #d11f2f; --c11: #5a4bd1;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -16,6 +20,7 @@ STYLE = """
     --good: #1d3a2a; --head: #232b37;
     --c0: #7aa8f5; --c1: #f0935f; --c2: #5cc98b; --c3: #bb8df0;
     --c4: #f07aa6; --c5: #d6b455; --c6: #55c3d4; --c7: #a3adba;
+    --c8: #d19a72; --c9: #a4d65e; --c10: #ff7b83; --c11: #a99cff;
   }
 }
 * { box-sizing: border-box; }

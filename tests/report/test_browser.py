@@ -14,6 +14,7 @@ import pytest
 
 from m3bsr.report import Collected, Sample, compare_report, run_report
 from m3bsr.report.html import Column, Section, page, table
+from m3bsr.report.spread import Spread
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -104,7 +105,11 @@ def pages(tmp_path_factory) -> dict[str, str]:
     lines = [{"kind": "train", "step": s, "loss": 1 / s, "losses": {"semseg": 1, "depth": 2}} for s in range(1, 9)]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     one = run_report(folder, pictures()).read_text()
-    rows = {n: {"semseg miou": 0.1 * i, "step_ms": 10.0**i} for i, n in enumerate(("full", "bsr", "a head"))}
+    seeds = {n: Spread.of([0.1 * i, 0.1 * i + 0.02]) for i, n in enumerate(("full", "bsr", "a head"))}
+    rows = {
+        n: {"seeds": 2, "semseg miou": miou, "measured_peak_mb": 300.0 - 700 * miou, "step_ms": 10.0 ** (10 * miou)}
+        for n, miou in seeds.items()
+    }
     many = {"full": pictures(), "bsr": pictures()}
     two = compare_report(folder / "c.html", rows, {"full": folder, "bsr": folder}, collected=many).read_text()
     gaps = [{"n": "a", "v": 3.0}, {"n": "b", "v": None}, {"n": "c", "v": -20.0}, {"n": "d", "v": 1000.0}]

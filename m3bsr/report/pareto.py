@@ -1,0 +1,114 @@
+"""Quality against cost: which runs are on the front, and the chart of it as inline SVG."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from m3bsr.report.curves import BOTTOM, LEFT, RIGHT, TOP, WIDTH, tick_label, ticks
+from m3bsr.report.html import number
+from m3bsr.report.style import COLOURS, STYLE
+
+HEIGHT = 300
+LINE = 13
+"""Least distance of two labels, in units of the chart."""
+
+
+class Point(NamedTuple):
+    """One run: its cost, its quality, and how far the seeds lie apart."""
+
+    name: str
+    cost: float
+    quality: float
+    spread: float = 0.0
+    colour: int = 0
+
+
+def front(points: Sequence[Point], better: str = "high") -> list[Point]:
+    """The points that no other beats: none is as cheap and as good, and cheaper or better. Cheapest first."""
+    sign = 1 if better == "high" else -1
+
+    def beats(a: Point, b: Point) -> bool:
+        ours, theirs = (a.cost, -sign * a.quality), (b.cost, -sign * b.quality)
+        return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+
+    left = [point for point in points if not any(beats(other, point) for other in points)]
+    return sorted(left, key=lambda point: (point.cost, point.quality))
+
+
+def pareto_chart(points: Sequence[Point], *, cost: str, quality: str, better: str = "high") -> str:
+    """Cost to the right, better upwards, seeds as whiskers, the front as steps.
+
+    Points on the front are filled, the others are rings; empty for fewer than two points.
+    """
+    if len(points) < 2:
+        return ""
+    best = front(points, better)
+    ys = [y for p in points for y in (p.quality - p.spread, p.quality + p.spread)]
+    x_ticks, y_ticks = ticks(0, max(p.cost for p in points) * 1.04, 5), ticks(min(ys), max(ys), 5)
+    height = HEIGHT - TOP - BOTTOM
+
+    def at(cost: float, quality: float) -> tuple[float, float]:
+        part = (quality - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        y = TOP + height * (1 - part if better == "high" else part)
+        return LEFT + cost / x_ticks[-1] * (WIDTH - LEFT - RIGHT), y
+
+    parts = []
+    for tick in y_ticks:
+        y = at(0, tick)[1]
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick_label(tick)}</text>')
+    for tick in x_ticks:
+        x = at(tick, y_ticks[0])[0]
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{tick_label(tick)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{html.escape(cost)}</text>')
+    parts.append(_steps([at(p.cost, p.quality) for p in best]))
+    for p in points:
+        (x, y), colour = at(p.cost, p.quality), f"var(--c{p.colour % COLOURS})"
+        if p.spread:
+            ends = sorted(at(p.cost, value)[1] for value in (p.quality - p.spread, p.quality + p.spread))
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" style="stroke:{colour}"/>'
+            )
+        fill = colour if p in best else "var(--card)"
+        said = f"{p.name}: {number(p.quality)}, {number(p.cost, 3)}"
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" style="fill:{fill};stroke:{colour};stroke-width:2">'
+            f"<title>{html.escape(said)}</title></circle>"
+        )
+    parts += _labels([(p.name, *at(p.cost, p.quality)) for p in points])
+    aria = html.escape(f"{quality} against {cost}", quote=True)
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{aria}">{"".join(parts)}</svg>'
+
+
+def standalone(svg: str) -> str:
+    """A chart of a page as a file of its own, with the page's colours."""
+    style = f"<style>{STYLE} svg.chart {{ background: var(--card); font-family: sans-serif; }}</style>"
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1)
+
+
+def _steps(places: Sequence[tuple[float, float]]) -> str:
+    """The front: a run's quality can be had from its cost upwards."""
+    corners = [places[0]]
+    for x, y in places[1:]:
+        corners += [(x, corners[-1][1]), (x, y)]
+    corners.append((WIDTH - RIGHT, corners[-1][1]))
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    return f'<polyline points="{line}" style="stroke:var(--soft);stroke-dasharray:4 3;stroke-width:1.2"/>'
+
+
+def _labels(places: Sequence[tuple[str, float, float]]) -> list[str]:
+    """Names beside their points, on the side where there is room, pushed apart where they would overlap."""
+    labels: list[str] = []
+    for right in (True, False):
+        side = sorted((p for p in places if (p[1] < 0.62 * WIDTH) == right), key=lambda p: p[2])
+        last: list[tuple[float, float]] = []  # x and y of labels that were set
+        for name, x, y in side:
+            width = 6.2 * len(name) + 14
+            while any(abs(x - other) < width and abs(y - at_y) < LINE for other, at_y in last):
+                y += 1
+            last.append((x, y))
+            place = f'x="{x + 8:.1f}"' if right else f'x="{x - 8:.1f}" text-anchor="end"'
+            labels.append(f'<text {place} y="{y + 4:.1f}">{html.escape(name)}</text>')
+    return labels

@@ -210,6 +210,11 @@ def resume(
     load_weights(model, folder)
     state = load_state(folder)
     progress: dict[str, Any] = state["progress"]
+    if state["optimizer"] is None:
+        raise CheckpointError(
+            f"checkpoint {folder} holds a model and no training to go on with; "
+            f"start another run from it with model.weights {Path(folder) / MODEL}"
+        )
     then, now = (
         [g.get("param_names") for g in o["param_groups"]] for o in (state["optimizer"], optimizer.state_dict())
     )

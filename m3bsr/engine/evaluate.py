@@ -20,8 +20,8 @@ class Metrics(dict[str, dict[str, float]]):
     """``metrics[task][name]``, with how they were measured.
 
     ``protocol`` is ``"network"`` (labels at the size of the network's input) or ``"original"`` (predictions resized
-    bilinearly to labels of another size, normally that of the photograph). ``routing`` says per MoE block where the
-    tokens went (see ``m3bsr.moe.stats.routing_stats``); it is empty for a model without experts.
+    bilinearly to labels of another size, normally that of the photograph). ``expert_counts`` holds per MoE block and
+    task how often each expert was chosen, ``[E]``; it is empty for a model without experts.
     """
 
     def __init__(
@@ -29,12 +29,17 @@ class Metrics(dict[str, dict[str, float]]):
         values: Mapping[str, dict[str, float]],
         protocol: str,
         num_images: int,
-        routing: Mapping[str, Any] | None = None,
+        expert_counts: Mapping[int, Mapping[str, Tensor]] | None = None,
     ) -> None:
         super().__init__(values)
         self.protocol = protocol
         self.num_images = num_images
-        self.routing = dict(routing or {})
+        self.expert_counts = expert_counts or {}
+
+    @property
+    def routing(self) -> dict[str, dict[str, Any]]:
+        """Where the tokens went, per MoE block; see ``m3bsr.moe.stats.routing_stats``."""
+        return routing_stats(self.expert_counts)
 
 
 def evaluate(
@@ -86,7 +91,7 @@ def evaluate(
     if unseen := [name for name in tasks if name not in seen]:
         raise ValueError(f"nothing to evaluate: the validation set has no labels for {', '.join(unseen)}")
     scores = {name: metric.compute() for name, metric in metrics.items()}
-    return Metrics(scores, protocol, num_images, routing_stats(routing.per_task()))
+    return Metrics(scores, protocol, num_images, routing.per_task())
 
 
 def labelled(batch: Mapping[str, Any], tasks: Iterable[str]) -> tuple[str, ...]:

@@ -182,8 +182,8 @@ def test_pictures_for_the_log() -> None:
 
     config = replace(Config(), {**TINY, "data.tasks": ("semseg", "depth")})
     model = build_model(config)
-    found = {"load": {"semseg": [1.0, 0.0], "depth": [0.5, 0.5]}, "overlap": {"semseg+depth": 0.5}}
-    metrics = Metrics({}, "network", 3, {"3": found})
+    counts = {3: {"semseg": torch.tensor([4, 0]), "depth": torch.tensor([2, 2])}}
+    metrics = Metrics({}, "network", 3, counts)
     pictures = report.make_reporter(build_tasks(config), Rooms(), 2)(model, metrics)
     heat_maps = {tag: pictures.pop(tag) for tag in list(pictures) if tag.startswith("routing/")}
     assert {tag: p.shape for tag, p in heat_maps.items()} == {

@@ -122,6 +122,14 @@ def test_state_with_code_in_it_is_refused(tmp_path):
         load_state(tmp_path / "last")
 
 
+def test_a_model_without_its_training_cannot_be_resumed(tmp_path):
+    model = nn.Linear(3, 2)
+    save(tmp_path / "last", model=model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(CheckpointError, match="no training to go on with.*model.weights .*model.safetensors"):
+        checkpoint.resume(tmp_path / "last", model, optimizer, None, None, total_steps=3)
+
+
 def test_random_generators_come_back(tmp_path):
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
     np.random.randn()  # leaves a cached second number

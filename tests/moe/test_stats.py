@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3bsr.moe.routing import Routing
 from m3bsr.moe.stats import RoutingCounts, dead_experts, load_entropy, load_overlap, loads, routing_stats
@@ -20,6 +21,7 @@ TABLES = st.integers(1, 6).flatmap(
 )
 
 
+@settings(max_examples=30, deadline=None)
 @given(TABLES)
 def test_against_sums_written_out(table: list[list[int]]) -> None:
     loads_GE = loads(torch.tensor(table))
@@ -85,6 +87,30 @@ def test_counts_go_on_from_a_copy_of_their_state() -> None:
         second.add(output(experts_TK, ("a", "b"), ("a", "b")))
     assert routing_stats(second.per_task()) == routing_stats(whole.per_task())
     assert first.per_task()[7]["a"].sum() == 8  # the copy has left it alone
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails at what makes a GPU be waited for: a number read, a copy elsewhere, a shape that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in {
+            "aten::_local_scalar_dense",
+            "aten::_to_copy",
+            "aten::nonzero",
+            "aten::bincount",
+        }
+        return func(*args, **(kwargs or {}))
+
+
+def test_adding_reads_no_number() -> None:
+    counts = RoutingCounts()
+    batch = output(torch.randint(0, 5, (4, 2)), ("a", "b"), ("a", "b"))
+    with NothingIsRead():
+        for _ in range(3):
+            counts.add(batch)
+    with pytest.raises(AssertionError), NothingIsRead():
+        counts.per_task()[7]["a"].tolist(), counts.counts[7]["a", "b"].sum().item()
+    assert counts.per_task()[7]["a"].sum() == 12
 
 
 def test_a_model_without_experts_counts_nothing() -> None:

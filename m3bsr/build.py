@@ -34,6 +34,7 @@ from m3bsr.utils.log import get_logger
 from m3bsr.utils.lookup import lookup
 
 log = get_logger(__name__)
+HAVE_CLASSES = ("semseg", "human_parts", "classification")
 HAVE_LABEL_SMOOTHING = ("semseg", "classification")
 
 
@@ -60,7 +61,8 @@ def task_settings(config: Config) -> dict[str, dict[str, Any]]:
     """Keyword arguments of every task: the data set's, what its folder says, what the config says."""
     data, dataset = config.data, lookup(DATASETS, config.data.name, "data.name")
     settings = {name: dict(values) for name, values in dataset.task_kwargs.items()}
-    if hasattr(dataset, "read_task_kwargs") and not set(data.tasks) <= set(data.num_classes):
+    counted = {name for name in data.tasks if name in HAVE_CLASSES}
+    if hasattr(dataset, "read_task_kwargs") and not counted <= set(data.num_classes):
         for name, values in dataset.read_task_kwargs(data.root).items():
             settings.setdefault(name, {}).update(values)
     for name, number in data.num_classes.items():

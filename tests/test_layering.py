@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"config", "plan", "utils"},
     {"bsr", "metrics", "losses", "cost"},
-    {"moe", "heads", "tasks"},
+    {"moe", "heads", "tasks", "delta"},
     {"backbones", "data"},
     {"models", "methods"},
     {"build", "engine"},

@@ -1,7 +1,5 @@
 """Block selective reprogramming: the method itself. Start at ``forward.run_blocks``."""
 
-from m3bsr.bsr.delta import load_delta, read_delta, save_delta
-from m3bsr.bsr.delta_file import DeltaInfo
 from m3bsr.bsr.reprogram import Report, ReprogrammedMixin, reprogram, token_counts
 from m3bsr.bsr.restore import restore
 from m3bsr.bsr.tokens import DropStage, TokenState, patches_kept, token_sources
@@ -9,7 +7,6 @@ from m3bsr.bsr.trainable import ParameterCount, count_parameters, set_trainable
 from m3bsr.plan import Plan
 
 __all__ = [
-    "DeltaInfo",
     "DropStage",
     "ParameterCount",
     "Plan",
@@ -17,12 +14,9 @@ __all__ = [
     "ReprogrammedMixin",
     "TokenState",
     "count_parameters",
-    "load_delta",
     "patches_kept",
-    "read_delta",
     "reprogram",
     "restore",
-    "save_delta",
     "set_trainable",
     "token_counts",
     "token_sources",

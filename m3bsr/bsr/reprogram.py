@@ -78,8 +78,9 @@ class ReprogrammedMixin(VisionTransformer):
         """
         roles = block_roles(plan, len(self.blocks))
         self.plan, self.roles, self.step = plan, roles, 0
-        if plan.restore == "adapt" and plan.drop_blocks and not hasattr(self, "bsr_adapters"):
-            adapters = {str(block): StageAffine(self.embed_dim) for block in plan.drop_blocks}
+        if plan.restore == "adapt" and plan.drop_blocks:
+            known = getattr(self, "bsr_adapters", {})
+            adapters = {b: known[b] if b in known else StageAffine(self.embed_dim) for b in map(str, plan.drop_blocks)}
             self.bsr_adapters = nn.ModuleDict(adapters).to(next(self.parameters()).device)
         set_trainable(self, plan)
 

@@ -10,7 +10,7 @@ from torch import nn
 from m3bsr.plan import Plan
 
 # Behind the blocks: always trained. Models have some of them; the task heads of a multi-task model are its own.
-HEAD_PATHS = ("norm", "fc_norm", "head", "head_dist", "bsr_adapters")
+HEAD_PATHS = ("norm", "attn_pool", "fc_norm", "head", "head_dist", "bsr_adapters")
 
 
 @dataclass(frozen=True)

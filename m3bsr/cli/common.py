@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,14 +106,19 @@ def read_config(checkpoint: Path) -> Config:
         raise ValueError(f"{path}: {error}") from None
 
 
-def open_run(run: str | Path, which: str = "last") -> tuple[Config, MultiTaskModel, Path]:
+def open_run(
+    run: str | Path, which: str = "last", changes: Mapping[str, Any] | None = None
+) -> tuple[Config, MultiTaskModel, Path]:
     """Config and trained model of a run, from its checkpoint alone: base weights are not needed.
+
+    ``changes`` are dotted config fields to set otherwise before the model is built (``bsr.eval_keep_rate``).
 
     Raises:
         FileNotFoundError, ValueError: see :func:`find_checkpoint` and ``engine.checkpoint.load_weights``.
     """
     checkpoint = find_checkpoint(run, which)
     config = read_config(checkpoint)
+    config = replace(config, changes or {})
     model = build_model(replace(config, {"model.weights": ""}))
     load_weights(model, checkpoint)
     return config, model, checkpoint

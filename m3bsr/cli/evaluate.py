@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", help="another split than the run's data.val_split, such as test")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these; only their path is computed")
     parser.add_argument("--root", help="where the data lies now, if it was moved")
+    parser.add_argument("--keep-rate", type=float, help="of the drops, instead of the plan's own in evaluation")
     parser.add_argument("--max-val", type=int, help="only the first so many images")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--num-workers", type=int)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="JSON file to write, in the run folder by default")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    split = f"-{args.split}" if args.split else ""
+    split = (f"-{args.split}" if args.split else "") + (f"-keep{args.keep_rate:g}" if args.keep_rate else "")
     out = args.out or args.run / f"metrics-{args.checkpoint}-{args.protocol}{split}.json"
     report = evaluate_run(
         args.run,
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tasks=args.tasks,
         device=args.device,
         changes={
+            "bsr.eval_keep_rate": args.keep_rate,
             "data.root": args.root,
             "data.val_split": args.split,
             "data.max_val": args.max_val,
@@ -82,8 +84,9 @@ def evaluate_run(
         FileNotFoundError, ValueError: no run, no data, a damaged checkpoint, an unknown task.
     """
     where = pick_device(device)
-    config, model, folder = open_run(run, checkpoint)
-    config = replace(config, {name: value for name, value in (changes or {}).items() if value is not None})
+    changes = {name: value for name, value in (changes or {}).items() if value is not None}
+    config, model, folder = open_run(run, checkpoint, {n: v for n, v in changes.items() if n.startswith("bsr.")})
+    config = replace(config, changes)
     for task in tasks or ():
         lookup(dict.fromkeys(config.data.tasks), task, f"task of {run}")
     config = replace(config, {"data.tasks": tuple(tasks or config.data.tasks)})

@@ -29,6 +29,7 @@ from m3bsr.build import (
 from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_json
 from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
+from m3bsr.delta import save_delta
 from m3bsr.engine import TrainResult, newest_checkpoint, train
 from m3bsr.engine.choose_experts import choose_experts
 from m3bsr.engine.rng import seed_everything
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
-    """Build, train and evaluate what ``config`` describes; write ``config.json`` and ``result.json``, ``cost.json`` and
-    ``report.html``.
+    """Build, train and evaluate what ``config`` describes; write ``config.json`` and ``result.json``, ``cost.json``,
+    ``delta.safetensors`` (what was trained, if not everything was) and ``report.html``.
 
     Args:
         options: further keyword arguments of ``engine.train`` (``reporter``, ``progress_bar`` ...).
@@ -126,6 +127,8 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     if result.stopped_by is None and (result.step_ms or not (run_dir / "result.json").exists()):
         write_json(run_dir / "result.json", summary)
         optimizer.state.clear()  # the measured step has an optimizer of its own; two states would count twice
+        if config.model.method == "bsr" and config.bsr.train_blocks != "all":
+            save_delta(model, run_dir / "delta.safetensors", base_name=config.model.backbone)
         finish_run(run_dir, config, model, tasks, val_set)
     return result, summary
 

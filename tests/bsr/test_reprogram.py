@@ -217,6 +217,21 @@ def test_schedule_goes_from_no_drop_to_the_keep_rate_in_training_only() -> None:
     assert model.eval().forward_tokens(images(model))[0].x_BND.shape[1] == 33
 
 
+def test_a_second_plan_gets_adapters_for_its_own_drops_and_keeps_those_that_it_shares() -> None:
+    plan = Plan(train_blocks=(5,), drop_blocks=(1, 3), keep_rate=0.5, restore="adapt")
+    model = reprogram(make(), plan)
+    shared = model.bsr_adapters["3"]
+    again = reprogram(model, replace(plan, drop_blocks=(2, 3)))
+    assert set(again.bsr_adapters) == {"2", "3"} and again.bsr_adapters["3"] is shared
+    again.forward_tokens(images(model), restorable=True)
+
+
+def test_the_pooling_of_a_model_without_class_token_trains_with_its_head() -> None:
+    model = reprogram(make("siglip"), Plan(train_blocks=()))
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"norm", "attn_pool", "head"}
+
+
 def test_evaluation_at_its_own_keep_rate_is_the_plan_with_that_rate() -> None:
     plan = Plan(train_blocks=(5,), drop_blocks=(1, 3), keep_rate=0.3, score_source="own")
     vit = make()

@@ -20,6 +20,7 @@ from m3bsr.cli.evaluate import main as evaluate
 from m3bsr.cli.measure_cost import main as measure_cost
 from m3bsr.cli.predict import main as predict
 from m3bsr.cli.train import main as train
+from m3bsr.delta import read_delta
 
 CONFIG = """
 from m3bsr.config import Config, DataConfig, ModelConfig, OptimConfig, Plan, RunConfig, TrainConfig
@@ -71,6 +72,9 @@ def test_train_evaluate_predict_report(job, capsys, tmp_path):
     capsys.readouterr()
     assert evaluate([str(job.run)]) == 0
     assert "top1 1" in capsys.readouterr().out
+    assert evaluate([str(job.run), "--keep-rate", "1", "--split", "train"]) == 0
+    assert "16 images" in capsys.readouterr().out and (job.run / "metrics-last-network-train-keep1.json").is_file()
+    assert read_delta(job.run / "delta.safetensors").plan.train_blocks == (3, 11)
     photo = next((job.folder / "val" / "red").iterdir())
     assert predict([str(job.run), str(photo), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / photo.name).stat().st_size > 1000

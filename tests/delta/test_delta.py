@@ -16,9 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from m3bsr import Plan, reprogram
-from m3bsr.bsr import delta_file, load_delta, read_delta, save_delta
 from m3bsr.build import build_model
 from m3bsr.config import Config, DataConfig, ModelConfig, MoEConfig
+from m3bsr.delta import file as delta_file
+from m3bsr.delta import load_delta, read_delta, save_delta
 from m3bsr.models import MultiTaskModel
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 7}

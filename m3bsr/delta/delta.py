@@ -22,8 +22,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from m3bsr.bsr.delta_file import DeltaInfo, Fingerprint, read, write
 from m3bsr.bsr.reprogram import ReprogrammedMixin, recast
+from m3bsr.delta.file import DeltaInfo, Fingerprint, read, write
 
 # What decides about a forward pass and shows in no tensor's name or shape; compared wherever a module has it.
 SETTINGS = ("num_heads", "global_pool", "pool", "tasks", "top_k", "gate_mode", "gate_input", "renormalize")

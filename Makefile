@@ -51,4 +51,5 @@ format: env
 
 bench: env
 	$(PY) tools/bench_moe.py
+	$(PY) tools/bench_attention.py
 	$(PY) tools/bench.py

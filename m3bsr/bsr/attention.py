@@ -29,10 +29,16 @@ def use_explicit_attention(device: torch.device, dtype: torch.dtype, num_tokens:
     """Whether softmax(QK^T)V written out beats ``scaled_dot_product_attention`` here.
 
     Only on CPU in bfloat16 with a backward pass and few tokens, where the fused kernel's backward is slow
-    (``make bench`` prints the ratios; LOG.md keeps them). Everywhere else the fused form is as fast or faster and
-    never stores the N x N matrix.
+    (``tools/bench_attention.py`` prints the ratios; LOG.md keeps them). Everywhere else the fused form never stores
+    the N x N matrix and is about as fast or faster.
     """
     return device.type == "cpu" and dtype == torch.bfloat16 and needs_grad and num_tokens <= 512
+
+
+def explicit_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """``softmax(QK^T) V`` written out; autograd keeps the N x N weights."""
+    weights_BHNN = ((q_BHNd * scale) @ k_BHNd.transpose(-2, -1)).softmax(dim=-1)
+    return F.dropout(weights_BHNN, dropout) @ v_BHNd
 
 
 def check_attention(attn: nn.Module, block: int) -> Attention:
@@ -79,8 +85,7 @@ def attend(
     q, k = attn.q_norm(q), attn.k_norm(k)
     dropout = attn.attn_drop.p if attn.training else 0.0
     if use_explicit_attention(q.device, q.dtype, N, torch.is_grad_enabled() and q.requires_grad):
-        weights_BHNN = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-        out_BHNd = F.dropout(weights_BHNN, dropout) @ v
+        out_BHNd = explicit_attention(q, k, v, attn.scale, dropout)
     else:
         out_BHNd = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     out_BND = out_BHNd.transpose(1, 2).reshape(B, N, attn.num_heads * attn.head_dim)

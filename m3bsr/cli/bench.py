@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import timm
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from m3bsr.bsr import Plan, reprogram
 from m3bsr.cli.common import one_line_errors
 from m3bsr.cost import SavedBytes, count_macs, paired_ratio, time_interleaved
-from m3bsr.plan import RECOMPUTE
 from m3bsr.utils.malloc import keep_freed_memory
 
 MODELS = {"vit_base_patch16_224": "ViT-B", "deit_small_patch16_224": "DeiT-S"}
@@ -45,12 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows() -> dict[str, Plan | None]:
-    """The plans to compare: every keep rate, and .5 with every way of recomputing."""
+    """The plans to compare: every keep rate, and .5 with every way of storing less."""
     plans: dict[str, Plan | None] = {}
     for row, rate in KEEP_RATES.items():
         plans[row] = None if rate is None else plan(rate)
-    for recompute in RECOMPUTE[1:]:
+    for recompute in ("cheap", "frozen", "both"):
         plans[f"bsr .5, recompute {recompute}"] = plan(0.5, recompute)
+    for recompute in ("none", "cheap"):
+        plans[f"bsr .5, {recompute}, bf16 kept"] = replace(plan(0.5, recompute), activation_dtype="bf16")
     return plans
 
 

@@ -14,8 +14,11 @@ from m3bsr.build import build_model, build_optimizer, build_tasks
 from m3bsr.cli.common import one_line_errors, pick_device
 from m3bsr.config import Config, parse_cli
 from m3bsr.cost import CostReport
+from m3bsr.engine.predict_cost import predict
 from m3bsr.engine.rng import seed_everything
 from m3bsr.engine.step_cost import StepJob
+from m3bsr.methods import find_method
+from m3bsr.methods.base import no_change
 from m3bsr.report.html import number
 from m3bsr.report.run import megabytes
 
@@ -34,9 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     repeats = _take_number(arguments, "--repeats", 5)
     arguments = ["--model.method" if a == "--method" else a for a in arguments]
     config, _ = parse_cli(arguments, DESCRIPTION)
-    report = measure(config, repeats=repeats)
-    print(json.dumps(report.to_dict(), indent=2) if as_json else as_text(report))
+    job = step_job(config)
+    predicted = predicted_peak(config, job)  # first: steps change the weights, and may change more
+    report = job.measure(repeats)
+    as_data = report.to_dict() | {"predicted_peak_bytes": predicted}
+    print(json.dumps(as_data, indent=2) if as_json else as_text(report, predicted))
     return 0
+
+
+def predicted_peak(config: Config, job: StepJob) -> int | None:
+    """The peak of the step as the formulas have it; None for methods that put modules of their own into the blocks, and
+    for backbones whose blocks have no formula."""
+    method, _ = find_method(config.model.method)
+    if method.change is not no_change:
+        return None
+    try:
+        return predict(job).peak_bytes
+    except ValueError:
+        return None
 
 
 def _take_number(arguments: list[str], option: str, default: int) -> int:
@@ -87,8 +105,8 @@ def measure(config: Config, *, model: nn.Module | None = None, repeats: int = 5)
     return step_job(config, model).measure(repeats)
 
 
-def as_text(report: CostReport) -> str:
-    """The report for people."""
+def as_text(report: CostReport, predicted: int | None = None) -> str:
+    """The report for people; ``predicted``: peak in bytes."""
     low, high = report.step_ms_quartiles
     lines = [
         ("trained parameters", f"{report.trainable_params:,} of {report.total_params:,}"),
@@ -97,6 +115,7 @@ def as_text(report: CostReport) -> str:
         ("stored for backward", f"{megabytes(report.saved_bytes_per_sample)} a sample"),
         ("gradients", megabytes(report.gradient_bytes)),
         ("optimizer state", megabytes(report.state_bytes)),
+        ("predicted peak", "no formula" if predicted is None else megabytes(predicted)),
         ("measured peak", f"{megabytes(report.measured_peak_bytes)}, batch {report.batch_size}"),
         ("step time", f"{number(report.step_ms, 3)} ms ({number(low, 3)} to {number(high, 3)}), {report.device}"),
     ]

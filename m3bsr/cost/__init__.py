@@ -5,6 +5,7 @@ from m3bsr.cost.flops import MacCount, MacCounter, count_macs
 from m3bsr.cost.measure import CostReport, measure_step
 from m3bsr.cost.memory import peak_growth, resident_growth
 from m3bsr.cost.params import optimizer_state_bytes, parameter_cost
+from m3bsr.cost.predict import Precision, Prediction, predict_step
 from m3bsr.cost.saved import SavedBytes
 from m3bsr.cost.suggest import Suggestion, SuggestionTable, published_plan, suggest_plan
 from m3bsr.cost.timing import Timing, paired_ratio, time_interleaved, time_steps
@@ -13,6 +14,8 @@ __all__ = [
     "CostReport",
     "MacCount",
     "MacCounter",
+    "Precision",
+    "Prediction",
     "SavedBytes",
     "Suggestion",
     "SuggestionTable",
@@ -23,6 +26,7 @@ __all__ = [
     "paired_ratio",
     "parameter_cost",
     "peak_growth",
+    "predict_step",
     "published_plan",
     "resident_growth",
     "suggest_plan",

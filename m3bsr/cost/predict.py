@@ -1,17 +1,50 @@
-"""The cost of a training step, predicted: formulas of ``stages`` summed over a model under a plan, nothing is run."""
+"""The cost of a training step, predicted. Nothing is computed: blocks have formulas (``stages``), and what lies behind
+them, decoders and losses, runs once on tensors without content (``trace``).
+
+A step goes through its parts forward and backward. With ``L`` for what is always there (parameters, buffers, optimizer
+state, inputs), its peak is the highest of
+
+* forward, part i:  ``L + stored(parts before i) + forward_peak(i)``, and what waits to be restored,
+* backward, part i: ``L + stored(parts before i) + gradients(parts behind i) + backward_peak(i)``,
+* the optimizer:    ``L + gradients + temporaries`` (AdamW: three times the largest parameter).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
-from m3bsr.bsr.forward import block_roles
+from m3bsr.bsr.forward import BlockRoles, block_roles
 from m3bsr.bsr.reprogram import token_counts
-from m3bsr.cost.stages import BlockShape, Role, Stage, attention_half, block_shape, mlp_half
+from m3bsr.bsr.tokens import num_kept
+from m3bsr.bsr.trainable import HEAD_PATHS
+from m3bsr.cost.information import vit_of
+from m3bsr.cost.stages import (
+    FLOAT,
+    INDEX,
+    BlockShape,
+    Bytes,
+    Role,
+    Stage,
+    attention_half,
+    block_shape,
+    bytes_of,
+    mlp_half,
+)
+from m3bsr.cost.trace import Behind, trace_behind
 from m3bsr.plan import Plan
+from m3bsr.utils.lookup import lookup
+
+Parts = list[tuple[str, Stage]]
+# oneDNN's weight gradient of the patch embedding: 4.1 to 5 times the weight.
+CONV_SCRATCH = 5
 
 
 @dataclass(frozen=True)
@@ -22,6 +55,10 @@ class BackboneShape:
     num_patches: int
     num_prefix: int
     has_class_token: bool
+    patch_params: int
+    """Weights of the patch embedding."""
+    embedding_params: int
+    """All parameters before the first block."""
     fork_at: int | None = None
     """First block whose experts depend on the task: from its MLP on there is a row per image and task."""
     num_tasks: int = 1
@@ -30,60 +67,322 @@ class BackboneShape:
     def depth(self) -> int:
         return len(self.blocks)
 
+    @property
+    def dim(self) -> int:
+        return self.blocks[0].dim
 
-def backbone_shape(vit: VisionTransformer, num_patches: int | None = None) -> BackboneShape:
-    """Read the sizes of ``vit``; ``num_patches`` (default: its own) is that of the images it will see.
+
+def backbone_shape(
+    vit: VisionTransformer, num_patches: int | None = None, num_tasks: int | None = None
+) -> BackboneShape:
+    """Read the sizes of ``vit``.
+
+    Args:
+        num_patches: of the images it will see (default: its own image size).
+        num_tasks: that it will be asked for at once (default: all that it knows).
 
     Raises:
         ValueError: a block without a formula.
     """
-    tasks: Sequence[str] = getattr(vit, "tasks", ("task",))
+    num_tasks = len(getattr(vit, "tasks", ("task",))) if num_tasks is None else num_tasks
+    shapes = tuple(block_shape(block) for block in vit.blocks)
     blocks: list[Any] = list(vit.blocks)
     forks = [i for i, block in enumerate(blocks) if getattr(block.mlp, "task_dependent", False)]
+    behind = ("blocks.", "norm.", "fc_norm.", "head.", "head_dist.", "attn_pool.", "bsr_adapters.")
     return BackboneShape(
-        tuple(block_shape(block) for block in blocks),
+        shapes,
         vit.patch_embed.num_patches if num_patches is None else num_patches,
         vit.num_prefix_tokens,
         vit.has_class_token,
-        forks[0] if forks and len(tasks) > 1 else None,
-        len(tasks),
+        vit.patch_embed.proj.weight.numel(),
+        sum(p.numel() for name, p in vit.named_parameters() if not name.startswith(behind)),
+        forks[0] if forks and num_tasks > 1 else None,
+        num_tasks,
     )
 
 
-def block_stages(shape: BackboneShape, plan: Plan, batch_size: int) -> list[Stage]:
-    """Two stages a block, attention then MLP, in the order in which they run.
+@dataclass(frozen=True)
+class Precision:
+    """How a step computes: ``autocast`` to 16 bits, and up to how many tokens attention is then written out (CPU)."""
+
+    autocast: bool = False
+    written_out: int = 0
+
+
+def backbone_parts(
+    shape: BackboneShape, plan: Plan, batch_size: int, *, restored: bool = False, precision: Precision | None = None
+) -> Parts:
+    """The parts of a step up to the last block, in the order in which they run.
+
+    Args:
+        restored: dropped tokens come back, as for dense tasks.
 
     Raises:
         ValueError: a plan that does not fit the model.
     """
+    how = precision or Precision()
+    size = bytes_of(plan.activation_dtype, plan.prune_rate, how.autocast, how.written_out)
     roles = block_roles(plan, shape.depth)
     tokens = token_counts(plan, shape.num_patches, shape.num_prefix, shape.depth)
-    whole = shape.num_prefix + shape.num_patches
+    num_tokens = whole = shape.num_prefix + shape.num_patches
     kind = "class_row" if shape.has_class_token else "received"
-    stages, rows, num_tokens = [], batch_size, whole
+    restored = restored or plan.restore_before is not None
+    rows = batch_size
+    parts: Parts = [("embedding", _embedding(shape, rows, plan.train_blocks == "all"))]
+    experts = _trained_experts(shape, plan, roles)
     for i, block in enumerate(shape.blocks):
-        if i == plan.restore_before:
-            num_tokens = whole
         graph = i >= roles.first_trained
-        role = Role(graph, roles.trained[i], plan.recompute)
-        scores = kind if roles.scores(i) else "none"
-        stages.append(attention_half(block, rows, num_tokens, role._replace(scores=scores)))
-        num_tokens = tokens[i]
+        if i == plan.restore_before and plan.drop_blocks:
+            # nothing is frozen before the first trained block, so there the grid comes back without a graph
+            parts.append((f"restore before {i}", _restore(shape, plan, rows, i > roles.first_trained)))
+            num_tokens = whole
+        role = Role(graph, roles.trained[i], plan.recompute, num_trained_experts=experts.get(i))
+        scoring = roles.scores(i)
+        own = scoring and graph and plan.score_source == "own" and plan.fuse != "none"
+        part = attention_half(
+            block, rows, num_tokens, role._replace(scores=kind if scoring else "none", own_scores=own), size
+        )
+        parts.append((f"blocks.{i}.attn", part))
+        if i in plan.drop_blocks:
+            parts.append((f"blocks.{i}.drop", _drop(shape, plan, rows, i, num_tokens, graph, own, restored, size)))
+            num_tokens = tokens[i]
         if i == shape.fork_at:
             rows *= shape.num_tasks
-        stages.append(mlp_half(block, rows, num_tokens, role))
-    return stages
+        parts.append((f"blocks.{i}.mlp", mlp_half(block, rows, num_tokens, role, size)))
+    if restored and plan.drop_blocks and plan.restore_before is None:
+        parts.append(("restore", _restore(shape, plan, rows, roles.first_trained < shape.depth)))
+    return parts
 
 
-def peak_above_lasting(stages: Sequence[Stage]) -> int:
-    """Highest point of a step above what is always there (parameters, optimizer state, inputs), in bytes."""
-    stored, peak = 0, 0
-    for stage in stages:
-        peak = max(peak, stored + stage.forward_peak)
-        stored += stage.stored
+def _embedding(shape: BackboneShape, rows: int, trained: bool) -> Stage:
+    """Patches, prefix tokens before them, positions added to both; trained: scratch space of the convolution."""
+    patches, tokens = rows * shape.num_patches, rows * (shape.num_patches + shape.num_prefix)
+    macs = patches * shape.patch_params
+    gradient = FLOAT * shape.embedding_params if trained else 0
+    return Stage(
+        forward_peak=FLOAT * shape.dim * (patches + 2 * tokens),
+        backward_peak=FLOAT * (shape.dim * (tokens + patches) + CONV_SCRATCH * shape.patch_params) + gradient
+        if trained
+        else 0,
+        gradient=gradient,
+        forward_macs=macs,
+        backward_macs=macs if trained else 0,
+    )
+
+
+def _drop(
+    shape: BackboneShape,
+    plan: Plan,
+    rows: int,
+    block: int,
+    num_tokens: int,
+    graph: bool,
+    own: bool,
+    restored: bool,
+    size: Bytes,
+) -> Stage:
+    """Kept and dropped tokens gathered by index; with "own" scores the dropped ones are stored for the scores."""
+    ordinary = num_tokens - shape.num_prefix
+    kept = num_kept(plan.keep_rates[block], ordinary)
+    moved = FLOAT * rows * ordinary * shape.dim
+    dropped = rows * (ordinary - kept)
+    stored = rows * ordinary * INDEX + (dropped * (size.act * shape.dim + FLOAT) if own else 0) if graph else 0
+    held = rows * ordinary * (INDEX + FLOAT)
+    if restored:
+        held += moved if plan.restore == "transfer" else FLOAT * dropped * shape.dim
+    # before and behind the drop; backward: a gradient of the whole list for kept and for dropped tokens
+    return Stage(round(stored), round(stored + 3 * moved), round(stored + 3 * moved) if graph else 0, held=held)
+
+
+def _restore(shape: BackboneShape, plan: Plan, rows: int, graph: bool) -> Stage:
+    moved = FLOAT * rows * shape.num_patches * shape.dim
+    indices = rows * shape.num_patches * INDEX * len(plan.drop_blocks)
+    gradient = FLOAT * 2 * shape.dim * len(plan.drop_blocks) if plan.restore == "adapt" else 0
+    stored = indices if graph else 0
+    return Stage(stored, stored + 3 * moved, stored + 3 * moved if graph else 0, gradient)
+
+
+def _trained_experts(shape: BackboneShape, plan: Plan, roles: BlockRoles) -> dict[int, int]:
+    """How many experts train in each trained MoE block, where not all do."""
+    blocks = [i for i, block in enumerate(shape.blocks) if block.num_experts and roles.trained[i]]
+    if plan.train_experts == "all":
+        return {}
+    if isinstance(plan.train_experts, str):  # "top:n"
+        return dict.fromkeys(blocks, int(plan.train_experts.partition(":")[2]))
+    return {i: len(experts) for i, experts in zip(blocks, plan.train_experts, strict=False)}
+
+
+def peak_above_lasting(parts: Sequence[tuple[str, Stage]], embedded: int = 0) -> tuple[int, str]:
+    """Highest point of a step above what is always there, in bytes, and where it is.
+
+    Args:
+        embedded: bytes of the tokens before the first block, which live as long as the forward pass of the blocks.
+    """
+    points: list[tuple[int, str]] = [(0, "nothing")]
+    stored, held = 0, 0
+    for place, (name, part) in enumerate(parts):
+        if name.startswith("restore"):
+            points.append((stored + held + part.forward_peak, f"{name}, forward"))
+            held = 0
+        inside = embedded if place > 1 and not name.startswith("behind") else 0
+        points.append((stored + held + inside + part.forward_peak, f"{name}, forward"))
+        stored += part.stored
+        held += part.held
     gradients = 0
-    for stage in reversed(stages):
-        stored -= stage.stored
-        peak = max(peak, stored + gradients + stage.backward_peak)
-        gradients += stage.gradient
-    return peak
+    for name, part in reversed(parts):
+        stored -= part.stored
+        points.append((stored + gradients + part.backward_peak, f"{name}, backward"))
+        gradients += part.gradient
+    return max(points)
+
+
+OPTIMIZER_COPIES = {"adamw": 2, "sgd": 1}
+"""Tensors of state a parameter that trains."""
+OPTIMIZER_TEMPORARIES = {"adamw": 3, "sgd": 1}
+"""Tensors of the size of a parameter while it is updated. AdamW: the denominator, twice, and that of the
+parameter before, which is as large among those with weight decay; SGD: the gradient with weight decay."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted cost of one training step of ``batch_size`` samples."""
+
+    parts: tuple[tuple[str, Stage], ...]
+    """Name and cost of every part, in the order of the forward pass."""
+    batch_size: int
+    total_params: int
+    parameter_bytes: int
+    """Parameters and buffers."""
+    input_bytes: int
+    optimizer: str
+    embedded_bytes: int
+    largest_bytes: int
+    """The largest parameter that trains."""
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(part.gradient for _, part in self.parts)
+
+    @property
+    def trainable_params(self) -> int:
+        return self.gradient_bytes // FLOAT
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimizer state."""
+        return OPTIMIZER_COPIES[self.optimizer] * self.gradient_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """What autograd stores at the end of the forward pass, whole batch."""
+        return sum(part.stored for _, part in self.parts)
+
+    @property
+    def forward_macs(self) -> int:
+        return sum(part.forward_macs for _, part in self.parts)
+
+    @property
+    def train_step_macs(self) -> int:
+        """Forward and backward."""
+        return sum(part.forward_macs + part.backward_macs for _, part in self.parts)
+
+    @property
+    def lasting_bytes(self) -> int:
+        """Always there: parameters, buffers, optimizer state, inputs."""
+        return self.parameter_bytes + self.state_bytes + self.input_bytes
+
+    @property
+    def peak(self) -> tuple[int, str]:
+        """Bytes at the highest point of a step, and where that is."""
+        update = self.gradient_bytes + OPTIMIZER_TEMPORARIES[self.optimizer] * self.largest_bytes
+        above, where = max(peak_above_lasting(self.parts, self.embedded_bytes), (update, "optimizer"))
+        return self.lasting_bytes + above, where
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a measured report (``CostReport``) that can be predicted; GMACs and saved bytes per sample."""
+        return {
+            "trainable_params": self.trainable_params,
+            "total_params": self.total_params,
+            "forward_gmacs": self.forward_macs / self.batch_size / 1e9,
+            "train_step_gmacs": self.train_step_macs / self.batch_size / 1e9,
+            "saved_bytes_per_sample": self.saved_bytes // self.batch_size,
+            "state_bytes": self.state_bytes,
+            "gradient_bytes": self.gradient_bytes,
+            "predicted_peak_bytes": self.peak_bytes,
+            "peak_at": self.peak[1],
+        }
+
+
+def predict_step(
+    model: nn.Module,
+    plan: Plan,
+    batch_size: int,
+    *,
+    image_size: tuple[int, int] | None = None,
+    behind: Behind | None = None,
+    input_bytes: int | None = None,
+    optimizer: str = "adamw",
+    precision: Precision | None = None,
+    restored: bool = False,
+    num_tasks: int | None = None,
+) -> Prediction:
+    """Predict a training step of ``model`` under ``plan``. The model is not run and may be on the meta device.
+
+    Args:
+        model: a timm ``VisionTransformer`` or a model with one as ``.backbone``, dense or with experts.
+        image_size: height and width of the images, by default the model's own.
+        behind: ``behind(copy, features [rows, N, D]) -> loss``: what runs behind the last block, on a copy of the model
+            without content; by default timm's final norm, pooling and classifier, and cross-entropy.
+        input_bytes: images and targets; by default fp32 images and int64 labels.
+        optimizer: ``adamw`` or ``sgd`` (with momentum).
+        restored: ``behind`` gets the whole grid, dropped tokens restored (dense tasks).
+        num_tasks: tasks at once, by default all that the model knows; with task gates each has its own tokens.
+
+    Raises:
+        ValueError: a model or block without a formula, a plan that does not fit, an unknown optimizer.
+    """
+    vit = vit_of(model)
+    lookup(OPTIMIZER_COPIES, optimizer, "optimizer")
+    height, width = image_size or vit.patch_embed.img_size
+    shape = backbone_shape(vit, math.prod(vit.patch_embed.dynamic_feat_size((height, width))), num_tasks)
+    parts = backbone_parts(shape, plan, batch_size, restored=restored, precision=precision)
+    whole = shape.num_prefix + shape.num_patches
+    counts = token_counts(plan, shape.num_patches, shape.num_prefix, shape.depth)
+    rows = batch_size * (shape.num_tasks if shape.fork_at is not None else 1)
+    features = (rows, whole if restored else counts[-1], shape.dim)
+    graph = block_roles(plan, shape.depth).first_trained < shape.depth
+    autocast = precision is not None and precision.autocast
+    parts.append(("behind", trace_behind(model, behind or _classifier, features, graph, autocast)))
+    tensors = [*model.parameters(), *model.buffers()]
+    if input_bytes is None:
+        input_bytes = batch_size * (FLOAT * 3 * height * width + INDEX)
+    return Prediction(
+        parts=tuple(parts),
+        batch_size=batch_size,
+        total_params=sum(p.numel() for p in model.parameters()),
+        parameter_bytes=sum(t.nbytes for t in tensors),
+        input_bytes=input_bytes,
+        optimizer=optimizer,
+        embedded_bytes=FLOAT * batch_size * whole * shape.dim,
+        largest_bytes=_largest(model, vit, plan),
+    )
+
+
+def _classifier(vit: Any, x_BND: Tensor) -> Tensor:
+    logits = vit.forward_head(vit.norm(x_BND))
+    return F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+
+
+def _largest(model: nn.Module, vit: VisionTransformer, plan: Plan) -> int:
+    """Bytes of the largest parameter that trains under the plan."""
+    frozen: set[int] = set()
+    if plan.train_blocks != "all":
+        trained = {id(p) for i in plan.train_blocks for p in vit.blocks[i].parameters()}
+        behind = [vit.get_submodule(name) for name in HEAD_PATHS if isinstance(getattr(vit, name, None), nn.Module)]
+        trained |= {id(p) for module in behind for p in module.parameters()}
+        frozen = {id(p) for p in vit.parameters()} - trained
+    return max((p.nbytes for p in model.parameters() if id(p) not in frozen), default=0)

@@ -39,9 +39,9 @@ from m3bsr.cost.information import classification_loss, measure_blocks, vit_of
 from m3bsr.cost.measure import LossFn, tensors_in
 from m3bsr.cost.memory import allocations
 from m3bsr.cost.params import storage_bytes
-from m3bsr.cost.predict import BackboneShape, backbone_shape, block_stages, peak_above_lasting
+from m3bsr.cost.predict import BackboneShape, Parts, backbone_parts, backbone_shape, peak_above_lasting
 from m3bsr.cost.saved import SavedBytes
-from m3bsr.cost.stages import Stage
+from m3bsr.cost.stages import FLOAT, Stage
 from m3bsr.plan import Plan, Recompute
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -141,6 +141,7 @@ def suggest_plan(
     micro_batch: int = 4,
     warm_steps: int = 20,
     blocks: Sequence[int] | None = None,
+    dense: bool | None = None,
 ) -> Suggestion:
     """Choose the blocks to train and the drops (see the head of this file); the model is not changed in any way.
 
@@ -160,6 +161,8 @@ def suggest_plan(
         loss: ``loss(model, batch) -> scalar``; by default cross-entropy.
         micro_batch: samples a gradient (default loss only); fewer is closer to the Fisher trace, and slower.
         blocks: choose among these only (default: all).
+        dense: the task needs the whole grid, so dropped tokens come back before the last trained block; by default
+            where ``loss`` is given.
 
     Returns:
         ``(plan, table)``.
@@ -179,6 +182,7 @@ def suggest_plan(
         if budget is not None and not budget > 0:
             raise ValueError(f"{name} must be positive, got {budget}")
     device = next(model.parameters()).device
+    dense = loss is not None if dense is None else dense
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         samples = list(batches)
         if not samples:
@@ -186,14 +190,14 @@ def suggest_plan(
         if loss is None and not isinstance(model, VisionTransformer):
             raise ValueError(f"for a {type(model).__name__} give loss=loss(model, batch): labels are not class numbers")
         information, mass = measure_blocks(model, samples, loss, micro_batch, warm_steps)
-        costs = _Costs(model, samples[0], loss or classification_loss)
-    return _search(information, mass, costs, num_blocks, allowed, memory_bytes, compute, dense=loss is not None)
+        costs = _Costs(model, samples[0], loss or classification_loss, dense)
+    return _search(information, mass, costs, num_blocks, allowed, memory_bytes, compute, dense)
 
 
 class _Costs:
     """Predicted costs of plans: formulas for the blocks, what lies behind them measured once on a copy."""
 
-    def __init__(self, model: nn.Module, batch: Any, loss: LossFn) -> None:
+    def __init__(self, model: nn.Module, batch: Any, loss: LossFn, dense: bool) -> None:
         twin = copy.deepcopy(model).train()
         vit = vit_of(twin)
         if isinstance(vit, ReprogrammedMixin):
@@ -215,38 +219,39 @@ class _Costs:
         self._behind = count_macs(step, twin).total
         twin.zero_grad(set_to_none=True)
         own = _peak_behind(step, vit, next(twin.parameters()).device)
-        head_only = block_stages(self.shape, Plan(train_blocks=()), self.batch_size)
-        self._behind -= sum(stage.forward_macs for stage in head_only)
+        self._dense = dense
+        self._behind -= sum(part.forward_macs for _, part in self._parts(Plan(train_blocks=())))
         trained = [p for p in twin.parameters() if p.requires_grad]
         gradient, inputs = sum(p.nbytes for p in trained), tensors_in(batch)
         self._head = Stage(saved.bytes, own, own, gradient)
-        # Behind a classifier's blocks there are as many tokens as drops left; a dense task has its grid back.
-        self._pruned_head = isinstance(model, VisionTransformer)
         self._lasting = storage_bytes([*twin.parameters(), *twin.buffers(), *inputs])
         self._largest = max((p.nbytes for p in vit.parameters()), default=0)
-        patches = self.batch_size * self.shape.num_patches * vit.patch_embed.proj.weight.numel()
-        self.full_macs = self._behind + patches + sum(s.forward_macs + s.backward_macs for s in self._blocks(Plan()))
+        self._embedded = FLOAT * self.batch_size * (self.shape.num_prefix + self.shape.num_patches) * vit.embed_dim
+        self.full_macs = self._behind + _macs(self._parts(Plan()))
 
-    def _blocks(self, plan: Plan) -> list[Stage]:
-        return block_stages(self.shape, plan, self.batch_size)
+    def _parts(self, plan: Plan) -> Parts:
+        return backbone_parts(self.shape, plan, self.batch_size, restored=self._dense)
 
     def __call__(self, plan: Plan) -> tuple[float, int]:
         """Share of a full step's MACs, and the predicted peak in bytes."""
-        head = self._head
-        if self._pruned_head:
-            shape = self.shape
+        head, shape = self._head, self.shape
+        if not self._dense:  # behind the blocks there are as many tokens as drops left
             left = token_counts(plan, shape.num_patches, shape.num_prefix, shape.depth)[-1]
             share = left / (shape.num_patches + shape.num_prefix)
             stored, forward, backward = (round(share * part) for part in head[:3])
             head = Stage(stored, forward, backward, head.gradient)
-        stages = [*self._blocks(plan), head]
-        macs = self._behind + sum(stage.forward_macs + stage.backward_macs for stage in stages)
-        gradient = sum(stage.gradient for stage in stages)
-        peak = max(peak_above_lasting(stages), gradient + 2 * self._largest)
-        return macs / self.full_macs, round(SLACK * (self._lasting + ADAMW_COPIES * gradient + peak))
+        parts = [*self._parts(plan), ("behind", head)]
+        gradient = sum(part.gradient for _, part in parts)
+        peak = max(peak_above_lasting(parts, self._embedded)[0], gradient + 3 * self._largest)
+        peak_bytes = round(SLACK * (self._lasting + ADAMW_COPIES * gradient + peak))
+        return (self._behind + _macs(parts)) / self.full_macs, peak_bytes
 
     def stored(self, plan: Plan) -> int:
-        return sum(stage.stored for stage in self._blocks(plan))
+        return sum(part.stored for _, part in self._parts(plan))
+
+
+def _macs(parts: Parts) -> int:
+    return sum(part.forward_macs + part.backward_macs for _, part in parts)
 
 
 # No tensor of a model has so many bytes: an allocation of this size marks a place in the list of allocations.

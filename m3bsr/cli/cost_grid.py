@@ -1,0 +1,150 @@
+"""``tools/cost_grid.py``: the predicted peak of a training step beside the measured one, over a grid of settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from m3bsr.cli.common import one_line_errors
+from m3bsr.cli.measure_cost import step_job
+from m3bsr.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, Plan, RunConfig, TrainConfig
+from m3bsr.engine.predict_cost import predict
+
+PUBLISHED: dict[str, Any] = {"train_blocks": (3, 7, 11), "drop_blocks": (3, 6, 9), "keep_rate": 0.5}
+DENSE: dict[str, Any] = {"train_blocks": (3, 7, 11), "drop_blocks": (8,), "keep_rate": 0.7, "restore_before": 11}
+STORAGE: dict[str, dict[str, Any]] = {
+    "": {},
+    ", cheap": {"recompute": "cheap"},
+    ", both": {"recompute": "both"},
+    ", int8": {"activation_dtype": "int8"},
+    ", bf16": {"activation_dtype": "bf16", "recompute": "cheap"},
+    ", pruned": {"prune_rate": 0.9},
+}
+WHOLE: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, all": {"recompute": "all"},
+    "head": {"train_blocks": ()},
+    "blocks": {"train_blocks": (2, 8)},
+}
+CLASSIFIERS = {"deit_tiny_patch16_224": (1, 8), "vit_small_patch32_224": (4, 16), "deit_small_patch16_224": (4,)}
+EXPERTS = {"m3vit_tiny_patch16": (1, 4), "m3vit_small_patch16": (2,)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting and its peaks in bytes."""
+
+    model: str
+    plan: str
+    batch_size: int
+    precision: str
+    predicted: int
+    measured: int
+    highest_at: str
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+def cases(*, quick: bool = False) -> Iterator[tuple[str, Config]]:
+    """Name of the plan, and config, of every setting; ``quick``: one small model of each kind, batches of 2."""
+    for model, sizes in {"deit_tiny_patch16_224": (2,)}.items() if quick else CLASSIFIERS.items():
+        size = (64, 64) if quick else (224, 224)
+        for name, plan in _plans("BSR .5", PUBLISHED):
+            for batch in sizes:
+                yield name, _classifier(model, plan, batch, size)
+    for model, sizes in {"m3vit_tiny_patch16": (2,)}.items() if quick else EXPERTS.items():
+        for name, plan in _plans("BSR .7, restored", DENSE):
+            for batch in sizes:
+                yield name, _experts(model, plan, batch)
+    for name, plan in {"full": {}, "BSR .5": PUBLISHED, "BSR .5, both": {**PUBLISHED, "recompute": "both"}}.items():
+        yield name, _classifier("deit_tiny_patch16_224", plan, 2, (64, 64) if quick else (224, 224), "bf16")
+
+
+def _plans(name: str, bsr: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from WHOLE.items()
+    for more, options in STORAGE.items():
+        yield name + more, {**bsr, **options}
+
+
+def _classifier(model: str, plan: dict[str, Any], batch: int, size: tuple[int, int], precision: str = "fp32") -> Config:
+    classes = {"classification": 10}
+    return Config(
+        data=DataConfig(name="image_folder", tasks=("classification",), image_size=size, num_classes=classes),
+        model=ModelConfig(backbone=model),
+        bsr=Plan(**plan),
+        train=TrainConfig(batch_size=batch, precision=precision),  # type: ignore[arg-type]
+        run=RunConfig(device="cpu"),
+    )
+
+
+def _experts(model: str, plan: dict[str, Any], batch: int) -> Config:
+    return Config(
+        data=DataConfig(name="nyud", tasks=("semseg", "depth"), image_size=(96, 128)),
+        model=ModelConfig(backbone=model, head_dim=64),
+        moe=MoEConfig(blocks=(7, 9, 11), num_experts=8, top_k=2, mlp_ratio=1.0),
+        bsr=Plan(**plan),
+        loss=LossConfig(stride=4),
+        train=TrainConfig(batch_size=batch),
+        run=RunConfig(device="cpu"),
+    )
+
+
+def compare(name: str, config: Config) -> Row:
+    """Predict and measure a step of ``config``."""
+    job = step_job(config)
+    peak, where = predict(job).peak
+    measured = job.measure(repeats=1).measured_peak_bytes
+    return Row(config.model.backbone, name, config.train.batch_size, config.train.precision, peak, measured, where)
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 for a user error."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small models only")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw predicted against measured")
+    parser.add_argument("--json", metavar="FILE.json", help="write the rows")
+    options = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    rows = []
+    print(f"{'model':<24} {'plan':<24} {'batch':>5} {'precision':>9} {'predicted, MB':>13} {'measured, MB':>12}  error")
+    for name, config in cases(quick=options.quick):
+        rows.append(row := compare(name, config))
+        print(
+            f"{row.model:<24} {row.plan:<24} {row.batch_size:>5} {row.precision:>9} {row.predicted / 2**20:>13.1f} "
+            f"{row.measured / 2**20:>12.1f} {row.error:>+7.2%}  {row.highest_at}",
+            flush=True,
+        )
+    errors = [abs(row.error) for row in rows]
+    print(f"{len(rows)} settings: error at most {max(errors):.2%}, median {statistics.median(errors):.2%}")
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if options.plot:
+        plot(rows, Path(options.plot))
+    return 0
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Predicted over measured peak, one point a setting, and the band of 5 %."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(6, 5.4), layout="constrained")
+    axes = figure.subplots()
+    ends = [0.8 * min(r.measured for r in rows) / 2**20, 1.25 * max(r.measured for r in rows) / 2**20]
+    axes.fill_between(ends, [0.95 * e for e in ends], [1.05 * e for e in ends], color="0.85", label="within 5 %")
+    axes.plot(ends, ends, color="0.5", linewidth=0.8)
+    for model in dict.fromkeys(row.model for row in rows):
+        of = [row for row in rows if row.model == model]
+        x, y = ([getattr(row, name) / 2**20 for row in of] for name in ("measured", "predicted"))
+        axes.scatter(x, y, s=18, label=model, alpha=0.8)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured peak, MB", ylabel="predicted peak, MB")
+    axes.set_title(f"Peak of a training step, {len(rows)} settings")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,67 @@
+"""What one training step of a model will cost: the step of the loop, predicted by ``m3bsr.cost.predict_step``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3bsr.backbones import BackboneOutput
+from m3bsr.bsr.attention import use_explicit_attention
+from m3bsr.cost import Precision, Prediction, predict_step
+from m3bsr.engine.precision import PRECISIONS
+from m3bsr.engine.step_cost import StepJob
+from m3bsr.plan import Plan
+
+
+def predict(job: StepJob, plan: Plan | None = None) -> Prediction:
+    """Predict the step of ``job`` without running it; its model may be on the meta device.
+
+    Args:
+        plan: instead of the one that the model has.
+
+    Raises:
+        ValueError: a block without a formula, or a plan that does not fit the model.
+    """
+    backbone: Any = job.model.get_submodule("backbone")
+    plan = backbone.plan if plan is None else plan
+    dense = any(task.dense for task in job.tasks.values())
+    images = job.batch["image"]
+    shapes = {name: (job.batch[name].shape, job.batch[name].dtype) for name in ("image", *job.tasks)}
+    grid = backbone.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    inputs: dict[str, Tensor] = {}
+
+    def behind(twin: Any, x_BND: Tensor) -> Tensor:
+        if not inputs:
+            inputs.update(
+                {n: torch.empty(shape, dtype=dtype, device=x_BND.device) for n, (shape, dtype) in shapes.items()}
+            )
+        stacked = len(x_BND) > len(images)
+        features = x_BND.chunk(len(job.tasks)) if stacked else [x_BND] * len(job.tasks)
+        zero = x_BND.new_zeros(())
+        output = BackboneOutput(dict(zip(job.tasks, features, strict=True)), grid, {}, {}, zero, zero)
+        twin.backbone.forward_tasks = lambda *args, **options: output
+        return job.loss(twin, inputs)
+
+    return predict_step(
+        job.model,
+        plan,
+        len(images),
+        image_size=(images.shape[-2], images.shape[-1]),
+        behind=behind,
+        input_bytes=sum(job.batch[name].nbytes for name in shapes),
+        optimizer="sgd" if isinstance(job.optimizer, torch.optim.SGD) else "adamw",
+        precision=precision_of(job.device, job.precision),
+        restored=dense,
+        num_tasks=len(job.tasks),
+    )
+
+
+def precision_of(device: torch.device, precision: str) -> Precision:
+    """What autocast means for the formulas: 16 bits, and up to how many tokens attention is written out."""
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return Precision()
+    tokens = [n for n in range(64, 4097, 64) if use_explicit_attention(device, dtype, n, needs_grad=True)]
+    return Precision(autocast=True, written_out=max(tokens, default=0))

@@ -129,8 +129,12 @@ def run_blocks(
             dropping = partial(drop, keep_rate=keep_rates[i], fuse=plan.fuse, restorable=restorable, keys_BMd=keys)
             state = store.drop(_drop, block, i, state.x_BND, partial(dropping, state, used))
         state = fork(i, state)
-        x_BND = store.mlp(_mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch)
-        state = replace(state, x_BND=x_BND, before_BND=None)
+        # No name for the result: it would keep these tokens alive while the next block runs.
+        state = replace(
+            state,
+            x_BND=store.mlp(_mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch),
+            before_BND=None,
+        )
     return state
 
 

@@ -14,7 +14,7 @@ from m3bsr.cli.report import pictures_of
 from m3bsr.config import replace
 from m3bsr.cost import paired_ratio, time_interleaved
 from m3bsr.report import compare_report, comparison_row
-from m3bsr.report.compare import ON_FRONT, pareto_charts
+from m3bsr.report.compare import SHORT, pareto_charts
 from m3bsr.report.pareto import standalone
 from m3bsr.report.rows import as_text, group_runs, same_or_complain, table_rows, write_table
 from m3bsr.utils.lookup import lookup
@@ -98,7 +98,7 @@ def write_comparison(
     folders = {name: list(map(str, runs)) for name, runs in groups.items()}
     write_table(out, rows, reference=reference, runs=folders)
     for cost, svg in pareto_charts(rows).items():
-        (out / f"pareto-{ON_FRONT[cost].lower()}.svg").write_text(standalone(svg), encoding="utf-8")
+        (out / f"pareto-{SHORT[cost].lower()}.svg").write_text(standalone(svg), encoding="utf-8")
     page = compare_report(
         out / "report.html", rows, folders, title=title, subtitle=subtitle, note=note, collected=shown
     )

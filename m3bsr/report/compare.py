@@ -21,7 +21,7 @@ from m3bsr.report.run import curves
 COST_KEYS = {column.key for column in COLUMNS} - {"seeds", DELTA_M}
 # Costs that quality is drawn against.
 COSTS = ("measured_peak_mb", "step_ms", "train_step_gmacs")
-ON_FRONT = {"measured_peak_mb": "memory", "step_ms": "time", "train_step_gmacs": "GMACs"}
+SHORT = {"measured_peak_mb": "memory", "step_ms": "time", "train_step_gmacs": "GMACs"}
 
 
 def compare_report(
@@ -74,11 +74,11 @@ def compare_table(rows: Mapping[str, Row]) -> str:
     fronts = {cost: {p.name for p in front(points_of(rows, cost), better(quality(rows)))} for cost in COSTS}
     columns, lines = columns_of(rows), []
     for name, row in rows.items():
-        on = [ON_FRONT[cost] for cost, names in fronts.items() if name in names]
-        lines.append({"run": name, **row, "front": ", ".join(on)})
+        on = [SHORT[cost][0].upper() for cost, names in fronts.items() if name in names]
+        lines.append({"run": name, **row, "front": " ".join(on)})
     if len(rows) > 1 and any(fronts.values()):
         behind = next((i for i, column in enumerate(columns) if column.key in COST_KEYS), len(columns))
-        columns.insert(behind, Column("front", "on the front of"))
+        columns.insert(behind, Column("front", "on the front of memory (M), time (T), GMACs (G)"))
     return html.table(columns, lines)
 
 
@@ -146,14 +146,19 @@ def answers_table(collected: Mapping[str, Collected]) -> str:
 def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
     """Predictions of every run on the same photographs, where each dropped tokens, and what its experts did."""
     groups = []
+    photos = [Picture(s.name, s.photo) for c in list(collected.values())[:1] for s in c.samples if not s.predictions]
+    if photos:
+        groups.append(Group("", tuple(photos)))
     for samples in zip(*(c.samples for c in collected.values()), strict=False):
         first = samples[0]
-        pictures = [Picture("photo", first.photo)]
+        if not first.predictions:
+            continue
         for task in first.predictions:
+            pictures = [Picture("photo", first.photo)]
             if task in first.targets:
-                pictures.append(Picture(f"{task}: ground truth", first.targets[task]))
-            pictures += [Picture(f"{task}: {n}", s.predictions[task]) for n, s in zip(collected, samples, strict=True)]
-        groups.append(Group(first.name, tuple(pictures)))
+                pictures.append(Picture("ground truth", first.targets[task]))
+            pictures += [Picture(n, s.predictions[task]) for n, s in zip(collected, samples, strict=True)]
+            groups.append(Group(f"{first.name}, {task}", tuple(pictures)))
     dropped = [
         Group(f"{name}: {sample.name}", token_group(sample).pictures)
         for name, runs in collected.items()
@@ -166,7 +171,11 @@ def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
         for sample in runs.samples[:1]
         if sample.experts
     ]
-    loads = "".join(f"<h3>{name}</h3>{load_maps(of_pictures(runs))}" for name, runs in collected.items() if runs.load)
+    loads = "".join(
+        html.details(name, load_maps(of_pictures(runs)), is_open=len(collected) < 3)
+        for name, runs in collected.items()
+        if runs.load
+    )
     return [
         Section("Predictions", html.picture_groups(groups) + answers_table(collected)),
         Section("Tokens kept", html.picture_groups(dropped), "Greyed patches were dropped."),

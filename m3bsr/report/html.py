@@ -189,7 +189,8 @@ def picture_groups(groups: Sequence[Group], small: bool = False, longest: int = 
             for p in group.pictures
         )
         size = " small" if small else ""
-        parts.append(f'<h3>{html.escape(group.title)}</h3><div class="pictures{size}">{figures}</div>')
+        title = f"<h3>{html.escape(group.title)}</h3>" if group.title else ""
+        parts.append(f'{title}<div class="pictures{size}">{figures}</div>')
     return "".join(parts)
 
 

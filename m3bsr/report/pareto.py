@@ -6,12 +6,12 @@ import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from m3bsr.report.curves import BOTTOM, LEFT, RIGHT, TOP, WIDTH, tick_label, ticks
+from m3bsr.report.curves import BOTTOM, LEFT, TOP, WIDTH, tick_label, ticks
 from m3bsr.report.html import number
 from m3bsr.report.style import COLOURS, STYLE
 
-HEIGHT = 300
-LINE = 13
+HEIGHT, RIGHT = 300, 20
+LINE = 11
 """Least distance of two labels, in units of the chart."""
 
 
@@ -99,16 +99,16 @@ def _steps(places: Sequence[tuple[float, float]]) -> str:
 
 
 def _labels(places: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Names beside their points, on the side where there is room, pushed apart where they would overlap."""
+    """Names beside their points and above the front, to the side where there is room, none over another."""
     labels: list[str] = []
-    for right in (True, False):
-        side = sorted((p for p in places if (p[1] < 0.62 * WIDTH) == right), key=lambda p: p[2])
-        last: list[tuple[float, float]] = []  # x and y of labels that were set
-        for name, x, y in side:
-            width = 6.2 * len(name) + 14
-            while any(abs(x - other) < width and abs(y - at_y) < LINE for other, at_y in last):
-                y += 1
-            last.append((x, y))
-            place = f'x="{x + 8:.1f}"' if right else f'x="{x - 8:.1f}" text-anchor="end"'
-            labels.append(f'<text {place} y="{y + 4:.1f}">{html.escape(name)}</text>')
+    taken: list[tuple[float, float, float]] = []  # left, right, base line
+    for name, x, y in sorted(places, key=lambda place: place[2]):
+        width, to_the_right = 5.8 * len(name), x < 0.62 * WIDTH
+        left = x + 8 if to_the_right else x - 8 - width
+        y -= 4
+        while any(left < end and start < left + width and abs(y - base) < LINE for start, end, base in taken):
+            y += 1
+        taken.append((left, left + width, y))
+        place = f'x="{x + 8:.1f}"' if to_the_right else f'x="{x - 8:.1f}" text-anchor="end"'
+        labels.append(f'<text {place} y="{y:.1f}">{html.escape(name)}</text>')
     return labels

@@ -12,7 +12,7 @@ from typing import Any
 
 from m3bsr.engine.log import read_log
 from m3bsr.metrics.delta_m import delta_m
-from m3bsr.report.html import Column
+from m3bsr.report.html import Column, number
 from m3bsr.report.run import COST, MB, read_json
 from m3bsr.report.spread import Spread
 from m3bsr.tasks import TASKS
@@ -167,8 +167,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, Spread) and value.spread:
-        return f"{float(value):.4g} ± {value.spread:.2g}"
-    return format(float(value), ".4g") if isinstance(value, float) else str(value)
+        return f"{number(float(value))} ± {value.spread:.2g}"
+    return number(float(value)) if isinstance(value, float) else str(value)
 
 
 def write_table(folder: Path, rows: Mapping[str, Row], **more: Any) -> list[Path]:

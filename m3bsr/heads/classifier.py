@@ -31,6 +31,7 @@ class ClassifierHead(nn.Module):
         if isinstance(self.norm, nn.Identity) and isinstance(self.fc_norm, nn.Identity):
             self.norm = nn.LayerNorm(vit.embed_dim, eps=1e-6)
         self.pool, self.num_prefix = vit.global_pool, vit.num_prefix_tokens
+        self.pools_prefix = vit.pool_include_prefix
         self.num_class_tokens = 2 if hasattr(vit, "head_dist") else 1
         self.logits = nn.Linear(vit.embed_dim, num_classes)
         nn.init.trunc_normal_(self.logits.weight, std=0.02)
@@ -40,11 +41,16 @@ class ClassifierHead(nn.Module):
         """Logits ``[B, num_classes]`` of the tokens that are left behind the last block, prefix tokens first."""
         x_BND = self.norm(x_BND)
         if self.attn_pool is not None:
-            x_BD = self.attn_pool(x_BND)
+            x_BD = self.attn_pool(x_BND if self.pools_prefix else x_BND[:, self.num_prefix :])
         elif self.pool == "token":
             x_BD = x_BND[:, : self.num_class_tokens].mean(1)
         else:
-            x_BD = global_pool_nlc(x_BND, pool_type=self.pool, num_prefix_tokens=self.num_prefix)
+            x_BD = global_pool_nlc(
+                x_BND,
+                pool_type=self.pool,
+                num_prefix_tokens=self.num_prefix,
+                reduce_include_prefix=self.pools_prefix,
+            )
         return self.logits(self.fc_norm(x_BD))
 
     def load_final(self, state: dict[str, Tensor]) -> None:

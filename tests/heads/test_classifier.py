@@ -17,6 +17,11 @@ FAMILIES = {
     "registers": ("vit_small_patch14_reg4_dinov2", {"patch_size": 8}),
     "mean": ("vit_base_patch16_siglip_gap_224", {"patch_size": 8}),
     "attention": ("vit_base_patch16_siglip_224", {"patch_size": 8}),
+    "attention beside registers": ("vit_so150m_patch16_reg4_map_256", {"patch_size": 8, "mlp_ratio": 4}),
+    "mean with the class token": (
+        "vit_tiny_patch16_224",
+        {"patch_size": 8, "global_pool": "avg", "pool_include_prefix": True},
+    ),
     "mean, norm behind it": ("vit_tiny_patch16_224", {"patch_size": 8, "global_pool": "avg", "class_token": False}),
 }
 

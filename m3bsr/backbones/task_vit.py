@@ -9,7 +9,7 @@ Shapes: B images, T tasks, N = P + h*w tokens, D channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from timm.models.vision_transformer import VisionTransformer
@@ -25,7 +25,7 @@ class BackboneOutput:
     """Features of each task and how they came about."""
 
     features: dict[str, Tensor]
-    """``[B, P + h*w, D]`` per task, before any final norm, dropped tokens restored to their places (if asked for)."""
+    """``[B, P + h*w, D]`` per task, before any final norm, dropped tokens restored to their places (where asked for)."""
     grid: tuple[int, int]
     routing: dict[int, Routing]
     """MoE block -> where its tokens went."""
@@ -58,14 +58,15 @@ class TaskViTMixin(ReprogrammedMixin):
         return self.forward_tasks(images, tasks).features
 
     def forward_tasks(
-        self, images: Tensor, tasks: Sequence[str] | None = None, *, restored: bool = True
+        self, images: Tensor, tasks: Sequence[str] | None = None, *, restored: bool | Collection[str] = True
     ) -> BackboneOutput:
         """Like :meth:`forward`, with routing, drops and auxiliary losses.
 
         Args:
             images: ``[B, 3, H, W]``, normalised.
             tasks: names out of ``self.tasks``.
-            restored: bring dropped tokens back; a classifier does without and saves the memory.
+            restored: bring dropped tokens back, for all tasks or for those named; a classifier does without and saves
+                the memory.
 
         Raises:
             ValueError: an unknown task.
@@ -73,6 +74,7 @@ class TaskViTMixin(ReprogrammedMixin):
         tasks = self.tasks if tasks is None else tuple(tasks)
         for task in tasks:
             lookup(dict.fromkeys(self.tasks), task, "task of this model")
+        whole = frozenset(tasks if restored else ()) if isinstance(restored, bool) else frozenset(restored)
         routing: dict[int, Routing] = {}
         streams = tasks[:1]  # tasks that the batch is stacked for at this point
 
@@ -91,22 +93,29 @@ class TaskViTMixin(ReprogrammedMixin):
             return y_BND
 
         state, grid = self.forward_tokens(
-            images, restorable=restored, run_mlp=run_mlp, fork=fork, want_before=self._gated_before()
+            images, restorable=bool(whole & {*tasks}), run_mlp=run_mlp, fork=fork, want_before=self._gated_before()
         )
         per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
-        if restored:
+        left = _streams(state, tasks, streams)
+        if whole & {*tasks}:
             state = restore(state, self.plan.restore, grid, getattr(self, "bsr_adapters", None))
-        features = state.x_BND.chunk(len(streams)) if len(streams) > 1 else [state.x_BND] * len(tasks)
+        grids = _streams(state, tasks, streams)
         learning = [r for i, r in routing.items() if self._gates_train(i)]
         zero = state.x_BND.new_zeros(())
         return BackboneOutput(
-            features=dict(zip(tasks, features, strict=True)),
+            features={task: (grids if task in whole else left)[task] for task in tasks},
             grid=grid,
             routing=routing,
             stages={task: state.undone + state.stages for task, state in zip(tasks, per_task, strict=True)},
             balance_loss=sum((r.balance_loss for r in learning), zero),
             z_loss=sum((r.z_loss for r in learning), zero),
         )
+
+
+def _streams(state: TokenState, tasks: Sequence[str], streams: Sequence[str]) -> dict[str, Tensor]:
+    """Tokens of each task, from the stack of streams or from the one that all share."""
+    tokens = state.x_BND.chunk(len(streams)) if len(streams) > 1 else [state.x_BND] * len(tasks)
+    return dict(zip(tasks, tokens, strict=True))
 
 
 def _split(state: TokenState, times: int) -> list[TokenState]:

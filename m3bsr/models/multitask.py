@@ -32,8 +32,8 @@ class ModelOutput:
 class MultiTaskModel(nn.Module):
     """``model(images, tasks=("depth",))`` runs that task's path alone: its gates, its experts, its head.
 
-    Dense heads get the patch tokens on their grid, dropped ones restored. Classifiers get the tokens as they are; where
-    no dense task is asked for, dropped tokens are never brought back.
+    Dense heads get the patch tokens on their grid, dropped ones restored. Classifiers get the tokens that are left,
+    whatever other tasks are asked for.
     """
 
     def __init__(self, backbone: TaskViTMixin, heads: Mapping[str, nn.Module]) -> None:
@@ -61,8 +61,8 @@ class MultiTaskModel(nn.Module):
             size: height and width of dense predictions, by default those of the images.
         """
         size = (images.shape[-2], images.shape[-1]) if size is None else size
-        is_dense = any(self._is_dense(task) for task in (self.tasks if tasks is None else tasks))
-        output = self.backbone.forward_tasks(images, tasks, restored=is_dense)
+        dense = [task for task in (self.tasks if tasks is None else tasks) if self._is_dense(task)]
+        output = self.backbone.forward_tasks(images, tasks, restored=dense)
         predictions = {}
         for task, x_BND in output.features.items():
             head = self.heads[task]

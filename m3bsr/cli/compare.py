@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pictures=args.pictures,
         title=f"Methods on {Path(args.config).stem}",
         subtitle=describe_data(variants[0].config.to_dict()),
-        note=_note(variants, args.seeds),
+        note=_note(variants, args.seeds, args.rounds > 0),
     )
     return BAD_NUMBERS if failed else 0
 
@@ -195,10 +195,10 @@ def is_finished(config: Config) -> bool:
     return True
 
 
-def _note(variants: Sequence[Variant], num_seeds: int) -> str:
+def _note(variants: Sequence[Variant], num_seeds: int, timed_in_turns: bool) -> str:
     rates = ", ".join(f"{v.name} {number(v.config.optim.lr, 2)}" for v in variants)
     seeds = f"{num_seeds} seeds" if num_seeds > 1 else "One seed"
     return (
-        f"{seeds}, the same data and epochs for all; learning rates of the backbone: {rates}. Steps are timed in turns "
-        "on one machine, memory and GMACs measured by the same command."
+        f"{seeds}, the same data and epochs for all; learning rates of the backbone: {rates}. Memory and GMACs are "
+        f"measured by the same command; steps were timed {'in turns on one machine' if timed_in_turns else 'in training'}."
     )

@@ -53,7 +53,7 @@ td:first-child, th:first-child { position: sticky; left: 0; }
 td:first-child { background: var(--card); }
 td.num, th.num { text-align: right; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; min-width: 84px; }
-td.wrap:first-child { min-width: 116px; }
+td.wrap:first-child { min-width: 130px; }
 td.best { background: var(--good); font-weight: 600; }
 table.sortable th { cursor: pointer; user-select: none; }
 table.sortable th::after { content: " \\2195"; color: var(--soft); font-size: 11px; opacity: .55; }

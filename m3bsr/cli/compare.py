@@ -198,7 +198,8 @@ def is_finished(config: Config) -> bool:
 def _note(variants: Sequence[Variant], num_seeds: int, timed_in_turns: bool) -> str:
     rates = ", ".join(f"{v.name} {number(v.config.optim.lr, 2)}" for v in variants)
     seeds = f"{num_seeds} seeds" if num_seeds > 1 else "One seed"
+    how = "in turns on one machine" if timed_in_turns else "in training"
     return (
         f"{seeds}, the same data and epochs for all; learning rates of the backbone: {rates}. Memory and GMACs are "
-        f"measured by the same command; steps were timed {'in turns on one machine' if timed_in_turns else 'in training'}."
+        f"measured by the same command; steps were timed {how}."
     )

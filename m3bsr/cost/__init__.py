@@ -7,7 +7,7 @@ from m3bsr.cost.memory import peak_growth, resident_growth
 from m3bsr.cost.params import optimizer_state_bytes, parameter_cost
 from m3bsr.cost.predict import Precision, Prediction, predict_step
 from m3bsr.cost.saved import SavedBytes
-from m3bsr.cost.suggest import Suggestion, SuggestionTable, published_plan, suggest_plan
+from m3bsr.cost.suggest import Suggestion, SuggestionTable, published_plan, search_plans, suggest_plan
 from m3bsr.cost.timing import Timing, paired_ratio, time_interleaved, time_steps
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "predict_step",
     "published_plan",
     "resident_growth",
+    "search_plans",
     "suggest_plan",
     "time_interleaved",
     "time_steps",

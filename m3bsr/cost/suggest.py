@@ -24,7 +24,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -191,7 +191,7 @@ def suggest_plan(
             raise ValueError(f"for a {type(model).__name__} give loss=loss(model, batch): labels are not class numbers")
         information, mass = measure_blocks(model, samples, loss, micro_batch, warm_steps)
         costs = _Costs(model, samples[0], loss or classification_loss, dense)
-    return _search(information, mass, costs, num_blocks, allowed, memory_bytes, compute, dense)
+    return search_plans(information, mass, costs, num_blocks, allowed, memory_bytes, compute, dense)
 
 
 class _Costs:
@@ -274,16 +274,38 @@ def _peak_behind(step: Callable[[], None], vit: VisionTransformer, device: torch
     return max(sums[steps.index(_MARK) + 1 :])
 
 
-def _search(
-    information: list[float],
+class Costs(Protocol):
+    """What plans cost: called with a plan, the share of a full step's MACs and the peak in bytes."""
+
+    shape: BackboneShape
+    batch_size: int
+
+    def __call__(self, plan: Plan) -> tuple[float, int]: ...
+
+    def stored(self, plan: Plan) -> int:
+        """Bytes that the blocks store, whole batch."""
+
+
+def search_plans(
+    information: Sequence[float],
     mass: list[list[float]] | None,
-    costs: _Costs,
+    costs: Costs,
     num_blocks: int,
     allowed: tuple[int, ...],
     memory_bytes: int | None,
     compute: float | None,
     dense: bool,
 ) -> Suggestion:
+    """The search behind :func:`suggest_plan`, with information and costs from anywhere.
+
+    Args:
+        information: of every block; only ratios matter.
+        mass: per block the share of attention on its k + 1 best tokens; ``None``: every token counts the same.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    information = [share / sum(information) for share in information]
     depth, spacing = len(information), len(information) / num_blocks
 
     def coverage(chosen: Iterable[int]) -> float:
@@ -395,7 +417,7 @@ def _kept(plan: Plan, mass: list[list[float]] | None, shape: BackboneShape) -> f
     return sum(shares) / shape.depth
 
 
-def _block_rows(information: list[float], costs: _Costs, plan: Plan) -> tuple[BlockRow, ...]:
+def _block_rows(information: Sequence[float], costs: Costs, plan: Plan) -> tuple[BlockRow, ...]:
     head, _ = costs(Plan(train_blocks=()))
     rows = []
     for block, share in enumerate(information):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -99,6 +100,7 @@ def _experts(model: str, plan: dict[str, Any], batch: int) -> Config:
 
 def compare(name: str, config: Config) -> Row:
     """Predict and measure a step of ``config``."""
+    gc.collect()  # the last model is in cycles
     job = step_job(config)
     peak, where = predict(job).peak
     measured = job.measure(repeats=1).measured_peak_bytes

@@ -65,19 +65,25 @@ class Window:
 
     def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
         self.sums: dict[str, Any] = dict(sums or {})
+        if "steps" in self.sums:  # of a checkpoint from before values were counted each for itself
+            steps = self.sums.pop("steps")
+            self.sums["num"] = {name: steps for name in self.sums if name != "routing"}
 
     def add(self, **values: float) -> None:
-        for name, value in {**values, "steps": 1.0}.items():
+        num = self.sums.setdefault("num", {})
+        for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+            num[name] = num.get(name, 0) + 1
 
     def add_routing(self, output: Any) -> None:
         """Count where a forward pass sent its tokens, on the device and without waiting for it."""
         RoutingCounts(self.sums.setdefault("routing", {})).add(output)
 
     def pop_means(self) -> dict[str, Any]:
-        """Mean of each value per step, and the statistics of ``routing`` if there was any; starts anew."""
-        steps, counts = self.sums.pop("steps"), RoutingCounts(self.sums.pop("routing", {})).per_task()
-        means = {name: value / steps for name, value in self.sums.items()}
+        """Mean of each value over the steps that had it, and the statistics of ``routing`` if there was any; starts
+        anew."""
+        num, counts = self.sums.pop("num"), RoutingCounts(self.sums.pop("routing", {})).per_task()
+        means = {name: value / num[name] for name, value in self.sums.items()}
         self.sums = {}
         return {**means, "routing": routing_stats(counts)} if counts else means
 

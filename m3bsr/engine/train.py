@@ -157,7 +157,7 @@ def train(
             # gradients, one micro-batch after the other
             began, wait = time.perf_counter(), 0.0
             files: list[str] = []
-            sums: dict[str, Tensor] = {}
+            seen: dict[str, list[Tensor]] = {}
             set_step(at.step)
             for _ in range(accumulate):
                 # data
@@ -176,13 +176,15 @@ def train(
                 # backward
                 scaler.scale(parts["loss"] / accumulate).backward()
                 for name, part in parts.items():
-                    sums[name] = sums.get(name, 0) + part.detach() / accumulate
+                    seen.setdefault(name, []).append(part.detach())
 
             # step, unless a number is bad; reading the numbers is the only wait for the device
             scaler.unscale_(optimizer)
             grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
-            numbers = torch.stack([*sums.values(), grad_norm.float()]).tolist()
-            values = dict(zip((*sums, "grad_norm"), numbers, strict=True))
+            # with several data sets a task is in some of the micro-batches only
+            means = [torch.stack(parts_of).mean() for parts_of in seen.values()]
+            numbers = torch.stack([*means, grad_norm.float()]).tolist()
+            values = dict(zip((*seen, "grad_norm"), numbers, strict=True))
             check_finite(
                 values, trained, step=at.step, files=files, last_good=saver.last_good, gradients=precision != "fp16"
             )

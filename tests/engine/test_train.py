@@ -54,6 +54,28 @@ def test_first_line_of_the_log_is_the_weighted_sum(tiny, tmp_path):
     assert first["loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(("accumulate", "log_every"), [(1, 2), (2, 1)])
+def test_loss_of_a_task_is_the_mean_over_the_batches_that_have_its_labels(tiny, tmp_path, accumulate, log_every):
+    """With one task a batch, in turn, the mean loss is half the sum of both tasks' own."""
+
+    class OneTaskABatch(tiny.TinySet):
+        def epoch_batches(self, batch_size, generator):
+            return [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
+
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            del sample["depth" if index % 2 else "semseg"]
+            return sample
+
+    shape = {"epochs": 1, "batch_size": 3, "accumulate": accumulate}
+    parts = tiny.make_parts(**shape, train_set=OneTaskABatch())
+    tiny.run(tmp_path, parts=parts, **shape, log_every=log_every, balance_weight=0.0)
+    records = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "train"]
+    assert len(records) == 2
+    for record in records:
+        assert sum(record["losses"].values()) == pytest.approx(2 * record["loss"], rel=1e-5)
+
+
 def test_gradients_are_clipped_but_logged_as_they_were(tiny, tmp_path):
     norms = []
     parts = tiny.make_parts(epochs=1)

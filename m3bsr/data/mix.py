@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.nn.functional as F
 import torchvision.transforms.v2 as v2
+
+from m3bsr.utils.constants import NO_CLASS
 
 Batch = dict[str, Any]
 
@@ -14,7 +17,7 @@ class MixImages:
     """Blend the images of a batch in pairs, and their classes in the same proportion: targets become ``[B, C]``.
 
     Mixup (Zhang et al., ICLR 2018) adds two pictures up, CutMix (Yun et al., ICCV 2019) pastes a part of one into the
-    other; with both, one of them is drawn for each batch.
+    other; with both, one of them is drawn for each batch. An image without a class (``NO_CLASS``) has a share of none.
 
     Args:
         num_classes: per classification task; a batch may hold the labels of one of them only.
@@ -22,12 +25,15 @@ class MixImages:
     """
 
     def __init__(self, num_classes: Mapping[str, int], mixup: float, cutmix: float) -> None:
+        self.num_classes = dict(num_classes)
         self.mixes = {task: _mix(number, mixup, cutmix) for task, number in num_classes.items()}
 
     def __call__(self, batch: Batch) -> Batch:
         for task, mix in self.mixes.items():
             if task in batch:
-                images, labels = mix(batch["image"], batch[task])
+                known = batch[task] != NO_CLASS
+                shares = F.one_hot(batch[task] * known, self.num_classes[task]).float() * known[:, None]
+                images, labels = mix(batch["image"], shares)
                 return {**batch, "image": images, task: labels}
         return batch
 

@@ -18,7 +18,7 @@ class Classification(Task):
     """Cross-entropy; top-1 and top-5 accuracy. Logits ``[B, num_classes]``, targets: class indices ``[B]``.
 
     Images of class ``NO_CLASS`` (-100, as in PyTorch) do not count. The loss also takes shares of classes
-    ``[B, num_classes]`` (mixup).
+    ``[B, num_classes]`` (mixup), which sum to one, or to less where an image without a class was mixed in.
     """
 
     name = "classification"
@@ -36,7 +36,10 @@ class Classification(Task):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         if target.ndim == 2:
-            return F.cross_entropy(prediction.float(), target, label_smoothing=self.label_smoothing)
+            shares = target.sum(dim=1, keepdim=True)
+            smooth = (1 - self.label_smoothing) * target + self.label_smoothing / self.num_channels * shares
+            total = F.cross_entropy(prediction.float(), smooth, reduction="sum")
+            return total / torch.where(shares.sum() > 0, shares.sum(), 1)
         total = F.cross_entropy(
             prediction.float(), target, ignore_index=NO_CLASS, reduction="sum", label_smoothing=self.label_smoothing
         )

@@ -8,6 +8,7 @@ import torch
 from m3bsr.data.mix import MixImages
 from m3bsr.engine.loader import train_loader
 from m3bsr.tasks import TASKS
+from m3bsr.utils.constants import NO_CLASS
 
 
 class Ones(torch.utils.data.Dataset):
@@ -51,3 +52,15 @@ def test_loss_of_mixed_classes_is_the_mean_of_both():
     parts = [task.loss(logits[:1], torch.tensor([i])) for i in (0, 1)]
     expected = (0.25 * parts[0] + 0.75 * parts[1] + task.loss(logits[1:], torch.tensor([2]))) / 2
     torch.testing.assert_close(task.loss(logits, soft), expected)
+
+
+def test_images_without_a_class_lend_nothing_to_the_targets():
+    torch.manual_seed(0)
+    mix, task = MixImages({"cls": 2}, 0.8, 1.0), TASKS["classification"](num_classes=2, label_smoothing=0.1)
+    labels = torch.tensor([0, 1, NO_CLASS, NO_CLASS])
+    mixed = mix({"image": torch.rand(4, 3, 8, 8), "cls": labels})["cls"]
+    assert mixed.shape == (4, 2) and float(mixed.sum()) == pytest.approx(2)
+    logits = torch.randn(4, 2)
+    unmixed = torch.nn.functional.one_hot(labels.clamp(min=0), 2) * (labels != NO_CLASS)[:, None]
+    torch.testing.assert_close(task.loss(logits, unmixed.float()), task.loss(logits, labels))
+    assert task.loss(logits, torch.zeros(4, 2)) == 0

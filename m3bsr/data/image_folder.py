@@ -28,14 +28,14 @@ class ImageFolder(LabelledImages):
         if not folder.is_dir():
             has = sorted(path.name for path in self.root.iterdir() if path.is_dir())
             raise FileNotFoundError(f"{self.root} has no folder {split}; it has {', '.join(has)}")
-        unknown = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in self.names_of_classes)
+        unknown = sorted(set(sub_folders(folder)) - set(self.names_of_classes))
         if unknown:
             raise ValueError(f"{folder}: {unknown[0]} is a folder, but no class of {self.root / 'train'}")
         self.files = [
             (path, label)
             for label, name in enumerate(self.names_of_classes)
             for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
         ]
         if folder == self.root and split in ("train", "val"):
             return held_out(len(self.files), VAL_SHARE, split)
@@ -63,7 +63,12 @@ def class_folders(root: Path) -> tuple[str, ...]:
         ValueError: no sub-folder.
     """
     folder = root / "train" if is_split(root) else root
-    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    names = tuple(sub_folders(folder))
     if not names:
         raise ValueError(f"{folder} holds no sub-folder; an image folder has one per class")
     return names
+
+
+def sub_folders(folder: Path) -> list[str]:
+    """Names of the sub-folders in order, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -68,6 +68,13 @@ def test_faulty_folders_are_named(folder, break_it, split, error, message):
         DATASETS["image_folder"](folder, split)
 
 
+def test_what_tools_leave_behind_is_no_image_and_no_class(folder):
+    before = len(DATASETS["image_folder"](folder, "val"))
+    (folder / "val" / ".ipynb_checkpoints").mkdir()
+    (folder / "val" / "ant" / "._000.png").write_bytes(b"a resource fork")
+    assert len(DATASETS["image_folder"](folder, "val")) == before
+
+
 def test_damaged_image_is_named(folder):
     (folder / "train" / "ant" / "000.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"ant/000\.png"):

@@ -178,6 +178,7 @@ def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*timm.list_models("*vit*"), *timm.list_models("*deit*")], 1)
         raise ValueError(f"model.backbone: unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    _pretrained_cfg(name)
     try:
         model = timm.create_model(name, num_classes=0, **kwargs)
     except TypeError:  # other families take other arguments
@@ -185,6 +186,19 @@ def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"model.backbone: {name} is a {type(model).__name__}, not a timm VisionTransformer")
     return model
+
+
+def _pretrained_cfg(name: str) -> Any:
+    """timm's description of the weights of a model; None for one that it does not know.
+
+    Raises:
+        ValueError: the model is known, but not the weights behind the dot of its name.
+    """
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=True)
+    except RuntimeError:
+        tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
+        raise ValueError(f"model.backbone: unknown weights {name}; there are {', '.join(tags) or 'none'}") from None
 
 
 def _load_model(config: Config, model: MultiTaskModel, state: Mapping[str, torch.Tensor]) -> None:
@@ -252,7 +266,7 @@ def transform_of(config: Config, *, train: bool) -> Pipeline:
     if config.data.sets:
         config = next(iter(members(config).values()))
     name, dataset = config.model.backbone, lookup(DATASETS, config.data.name, "data.name")
-    pretrained = timm.get_pretrained_cfg(DENSE_NAMES.get(name, name), allow_unregistered=True)
+    pretrained = _pretrained_cfg(DENSE_NAMES.get(name, name))
     normalisation = {} if pretrained is None else {"mean": pretrained.mean, "std": pretrained.std}
     recipes = getattr(dataset, "recipes", RECIPES)
     recipe = config.data.augment if train else "none"

@@ -16,6 +16,7 @@ from m3bsr.build import build_tasks, transform_of
 from m3bsr.cli.common import one_line_errors, open_run, pick_device
 from m3bsr.config import Config
 from m3bsr.data.files import read_image
+from m3bsr.data.image_transforms import OnImage, middle
 from m3bsr.engine.precision import autocast
 from m3bsr.report.collect import collect
 from m3bsr.report.panels import Sample, save_panel
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def predict(model: nn.Module, tasks: Mapping[str, Task], config: Config, path: str | Path) -> Sample:
     """Predictions, dropped tokens and experts for the photo at `path`; predictions have the photo's own shape.
 
-    The network sees the photo resized to the config's image size; pictures have at most 1024 pixels a side.
+    The network sees the photo resized to the config's image size (where images have one class each its middle, and so
+    does the picture); pictures have at most 1024 pixels a side.
 
     Raises:
         FileNotFoundError, ValueError: missing, no image, or truncated.
@@ -76,6 +78,8 @@ def predict(model: nn.Module, tasks: Mapping[str, Task], config: Config, path: s
     transform = transform_of(config, train=False)
     image: Tensor = transform({"image": tv_tensors.Image(photo.transpose(2, 0, 1).copy())})["image"]
     image = image.as_subclass(Tensor)
+    if any(isinstance(step, OnImage) for step in transform.steps):  # images with one class each are cropped
+        photo = middle(photo, config.data.image_size)
     device = next(model.parameters()).device
     collected = collect(
         model,

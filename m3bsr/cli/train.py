@@ -29,6 +29,7 @@ from m3bsr.build import (
 from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_json
 from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
+from m3bsr.data.labelled import spread as evenly
 from m3bsr.delta import save_delta
 from m3bsr.engine import TrainResult, newest_checkpoint, train
 from m3bsr.engine.choose_experts import choose_experts
@@ -150,8 +151,9 @@ def prepare_run_dir(run_dir: Path, config: Config) -> bool:
         return newest is not None or bool(complaints)
     if config.run.overwrite:
         shutil.rmtree(checkpoints, ignore_errors=True)
-        for path in [*run_dir.glob("events.out.tfevents.*"), run_dir / "log.jsonl", run_dir / "result.json"]:
-            path.unlink(missing_ok=True)
+        for name in ("events.out.tfevents.*", "log.jsonl", "result.json", "cost.json", "delta.safetensors"):
+            for path in run_dir.glob(name):
+                path.unlink()
     elif checkpoints.exists() or (run_dir / "result.json").exists():
         raise ValueError(
             f"run.dir: {run_dir} already holds a run; "
@@ -171,7 +173,8 @@ def with_chosen_experts(config: Config, train_set: Any, device: torch.device, re
     model = build_model(replace(config, {"bsr.train_experts": "all"})).to(device)
     depth, size = len(model.backbone.blocks), config.train.batch_size
     blocks = range(depth) if config.bsr.train_blocks == "all" else config.bsr.train_blocks
-    indices = range(min(len(train_set), NUM_COUNTING_BATCHES * size))
+    # Spread out: the first so many of sorted folders are one class, of several data sets the first.
+    indices = evenly(range(len(train_set)), NUM_COUNTING_BATCHES * size)
     batches = torch.stack([train_set[i]["image"] for i in indices]).to(device).split(size)
     experts = choose_experts(model, batches, tuple(blocks), int(wanted.removeprefix("top:")))
     seed_everything(config.run.seed)  # training must not depend on how many numbers the counting drew

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torchvision.transforms.v2 as v2
 
 Sample = dict[str, Any]
@@ -37,6 +38,15 @@ class _Cover:
         scale = max(self.size[0] / height, self.size[1] / width)
         sides = [max(full, round(side * scale)) for full, side in zip(self.size, (height, width), strict=True)]
         return v2.functional.center_crop(v2.functional.resize(image, sides, BICUBIC, antialias=True), list(self.size))
+
+
+def middle(photo: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The part of a photo ``[H, W, 3]`` that :func:`whole` shows the network, at the photo's own resolution."""
+    height, width = photo.shape[:2]
+    scale = min(height / size[0], width / size[1])
+    rows, columns = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return photo[top : top + rows, left : left + columns]
 
 
 BICUBIC = v2.InterpolationMode.BICUBIC

@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from m3bsr.build import build_model, build_tasks
 from m3bsr.cli import train as train_module
 from m3bsr.cli.common import open_run
 from m3bsr.cli.evaluate import main as evaluate
 from m3bsr.cli.measure_cost import main as measure_cost
 from m3bsr.cli.predict import main as predict
+from m3bsr.cli.predict import predict as predict_photo
 from m3bsr.cli.train import main as train
+from m3bsr.config import load_config, replace
 from m3bsr.delta import read_delta
 
 CONFIG = """
@@ -108,6 +111,46 @@ def test_final_norm_comes_with_the_weights(job):
     assert torch.allclose(model.heads["classification"].norm.bias, torch.tensor(0.25), atol=1e-6)
 
 
+def test_picture_of_a_prediction_shows_what_the_network_saw(job, tmp_path):
+    """Else the dropped patches would be drawn in the wrong places."""
+    config = replace(load_config(job.config), {"model.weights": "", "data.num_classes": {"classification": 2}})
+    pixels = np.zeros((40, 100, 3), np.uint8)
+    pixels[:, 30:70] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    sample = predict_photo(build_model(config), build_tasks(config), config, tmp_path / "wide.png")
+    assert sample.photo.shape == (40, 40, 3) and sample.photo.min() == 255
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(job):
+    old = [job.run / name for name in ("result.json", "cost.json", "delta.safetensors", "log.jsonl")]
+    job.run.mkdir()
+    for path in old:
+        path.write_text("{}")
+    config = replace(load_config(job.config), {"run.overwrite": True})
+    assert not train_module.prepare_run_dir(job.run, config)
+    assert not any(path.exists() for path in old)
+
+
+def test_experts_are_counted_on_images_of_all_classes(job, monkeypatch):
+    """The first images of a folder are all of its first class."""
+    seen = []
+    monkeypatch.setattr(
+        train_module,
+        "build_model",
+        lambda config: SimpleNamespace(to=lambda device: SimpleNamespace(backbone=SimpleNamespace(blocks=range(12)))),
+    )
+    monkeypatch.setattr(train_module, "choose_experts", lambda *args: ((0,),))
+    config = replace(load_config(job.config), {"bsr.train_experts": "top:1", "train.batch_size": 1})
+
+    class Pictures(list):
+        def __getitem__(self, index):
+            seen.append(index)
+            return {"image": torch.zeros(3, 8, 8)}
+
+    train_module.with_chosen_experts(config, Pictures(range(16)), torch.device("cpu"), False)
+    assert seen == [0, 4, 8, 12]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -116,6 +159,10 @@ def test_final_norm_comes_with_the_weights(job):
         (["--data.augment", "astmt"], "data.augment"),
         (["--data.num-classes", "classification", "1"], "data.num_classes of classification is 1, but"),
         (["--data.num-classes", "depth", "1"], "data.num_classes: task"),
+        (
+            ["--model.backbone", "vit_tiny_patch16_224.nonsense"],
+            "unknown weights vit_tiny_patch16_224.nonsense; .*augreg",
+        ),
         (["--loss.label-smoothing", "1"], "loss.label_smoothing must lie in"),
     ],
 )

@@ -25,7 +25,7 @@ class BackboneOutput:
     """Features of each task and how they came about."""
 
     features: dict[str, Tensor]
-    """``[B, P + h*w, D]`` per task, before any final norm, dropped tokens restored to their places (where asked for)."""
+    """``[B, P + h*w, D]`` per task, before any final norm, dropped tokens back in their places where asked for."""
     grid: tuple[int, int]
     routing: dict[int, Routing]
     """MoE block -> where its tokens went."""

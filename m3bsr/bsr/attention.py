@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from m3bsr.utils.bf16 import cpu_emulates_bf16
+
 ScoreKind = Literal["none", "class_row", "received"]
 # Rows of the attention matrix that are alive at once while received attention is summed.
 RECEIVED_CHUNK = 256
@@ -28,11 +30,14 @@ class Attended(NamedTuple):
 def use_explicit_attention(device: torch.device, dtype: torch.dtype, num_tokens: int, needs_grad: bool) -> bool:
     """Whether softmax(QK^T)V written out beats ``scaled_dot_product_attention`` here.
 
-    Only on CPU in bfloat16 with a backward pass and few tokens, where the fused kernel's backward is slow
-    (``tools/bench_attention.py`` prints the ratios; LOG.md keeps them). Everywhere else the fused form never stores
-    the N x N matrix and is about as fast or faster.
+    Only on a CPU with bfloat16 arithmetic, in that type, with a backward pass and few tokens: there the fused
+    kernel's backward is slow (up to 1.8 times at 197 tokens). Everywhere else the fused form is about as fast or
+    faster and never stores the N x N matrix; where bfloat16 is emulated the explicit form is three times slower.
+    ``tools/bench_attention.py`` prints the ratios, LOG.md keeps them.
     """
-    return device.type == "cpu" and dtype == torch.bfloat16 and needs_grad and num_tokens <= 512
+    if device.type != "cpu" or dtype != torch.bfloat16 or cpu_emulates_bf16():
+        return False
+    return needs_grad and num_tokens <= 512
 
 
 def explicit_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, scale: float, dropout: float = 0.0) -> Tensor:

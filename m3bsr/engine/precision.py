@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from m3bsr.utils.bf16 import cpu_emulates_bf16
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -23,8 +25,4 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def is_slow(device: torch.device, precision: str) -> bool:
     """Whether this CPU only emulates ``bf16``: right results, but steps several times slower than in fp32."""
-    if device.type != "cpu" or precision != "bf16":
-        return False
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    known = [getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name)]
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX") and bool(known) and not any(known)
+    return device.type == "cpu" and precision == "bf16" and cpu_emulates_bf16()

@@ -1,4 +1,4 @@
-"""DeiT-tiny on ten classes of small photographs (a tenth of a tenth of CIFAR-10: 2,000 train, 600 val), by BSR.
+"""DeiT-tiny on ten classes of small photographs (CIFAR-10: 2,000 train, 600 val), by BSR.
 
 Command:   tools/train.py configs/image_folder.py --data.root FOLDER
            --model.weights deit_tiny_patch16_224.safetensors
@@ -6,7 +6,7 @@ FOLDER holds {train,val}/<class>/*.png; the number of classes is found there. Wi
 them.
 Hardware:  2 CPU cores, 1 GB of memory
 Time:      6 minutes
-Expected:  see the table of methods in LOG.md
+Expected:  top-1 .826 (mean of three seeds; full fine-tuning .827), the other methods in README.md and LOG.md
 """
 
 from m3bsr.config import Config, DataConfig, ModelConfig, OptimConfig, Plan, RunConfig, TrainConfig

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, shape_wrapper
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 OUTSIDE = ""
 """Name of operations that ran outside of every module of the model."""
@@ -180,13 +180,25 @@ def _convolution_backward_flops(
     return (output_mask[0] + output_mask[1]) * _convolution_flops(x, weight, transposed, grad_out)
 
 
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flops(
+    grad_out: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return sdpa_backward_flop_count(grad_out, q, k, v)
+
+
 def _own_formulas() -> dict[Any, Callable[..., int]]:
-    """What torch's own registry lacks, or counts wrong."""
+    """What torch's own registry lacks (attention on the CPU: before 2.15), or counts wrong."""
     formulas: dict[str, Callable[..., int]] = {
         "mv": _mv_flops,
         "addmv": _addmv_flops,
         "_grouped_mm": _grouped_mm_flops,
         "convolution_backward": _convolution_backward_flops,
+        "_scaled_dot_product_flash_attention_for_cpu": _attention_flops,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_flops,
     }
     found = {getattr(torch.ops.aten, name, None): shape_wrapper(formula) for name, formula in formulas.items()}
     return {operator: formula for operator, formula in found.items() if operator is not None}

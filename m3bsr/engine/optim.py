@@ -14,12 +14,13 @@ from m3bsr.utils.lookup import lookup
 NO_DECAY_NAMES = ("pos_embed", "cls_token", "dist_token", "reg_token")
 
 
+# fused: one kernel instead of a dozen passes over every parameter, on CPUs and GPUs alike.
 def _adamw(groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], **_: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def _sgd(groups: Iterable[dict[str, Any]], *, momentum: float, **_: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, momentum=momentum)
+    return torch.optim.SGD(groups, momentum=momentum, fused=True)
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}

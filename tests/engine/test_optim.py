@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -63,6 +64,70 @@ def test_optimizers_take_a_step_and_only_on_what_trains(name):
     optimizer.step()
     assert not torch.equal(model.block[0].weight, before) and torch.equal(model.frozen.weight, frozen)
     assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == 20 + 4 + 4 + 28 + 5
+
+
+PLAIN = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.8, 0.9), foreach=False, fused=False),
+    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.5, foreach=False, fused=False),
+}
+
+
+def parity_with_plain(name, device):
+    """Ten steps by our optimizer and by PyTorch's loop over parameters, from the same weights and gradients."""
+    models, optimizers = [], []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        model = Model().to(device)
+        groups = param_groups(model, lr=0.1, weight_decay=0.1)
+        ours = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.5, "betas": (0.8, 0.9)}
+        optimizers.append(PLAIN[name](groups) if plain else make_optimizer(name, model, **ours))
+        models.append(model)
+    for _ in range(10):
+        x = torch.randn(3, 4, device=device)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.heads["depth"](model.block(x)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (path, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=path)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_steps_equal_plain_ones(name):
+    assert all(group["fused"] for group in make_optimizer(name, Model(), lr=0.1).param_groups)
+    parity_with_plain(name, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_steps_equal_plain_ones_on_a_gpu(name):
+    parity_with_plain(name, "cuda")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_was_saved_goes_on_to_the_same_bits(name):
+    def fresh():
+        torch.manual_seed(0)
+        model = Model()
+        return model, make_optimizer(name, model, lr=0.1, weight_decay=0.1)
+
+    def step(model, optimizer, x):
+        model.heads["depth"](model.block(x)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    inputs = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(1))
+    whole, optimizer = fresh()
+    for x in inputs[:3]:
+        step(whole, optimizer, x)
+    parted, again = fresh()
+    parted.load_state_dict(whole.state_dict())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for x in inputs[3:]:
+        step(whole, optimizer, x)
+        step(parted, again, x)
+    for a, b in zip(whole.parameters(), parted.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_unknown_names_list_the_known_ones():

@@ -108,14 +108,17 @@ def qualities(rows: Iterable[Row]) -> list[str]:
     return [key for key in keys if key != DELTA_M and better(key)]
 
 
-def table_rows(groups: Mapping[str, Sequence[Row]], reference: str) -> dict[str, dict[str, Any]]:
-    """A row per group: mean over seeds, and delta_m in per cent against the mean of `reference`.
+def table_rows(
+    groups: Mapping[str, Sequence[Row]], reference: str, baselines: Mapping[str, float] | None = None
+) -> dict[str, dict[str, Any]]:
+    """A row per group: mean over seeds, and delta_m in per cent against ``baselines`` (a score for each column of
+    quality), or without them against the mean of ``reference``; none for a group that lacks a task.
 
-    The spread of delta_m is that of its seeds around the fixed mean of the reference.
+    The spread of delta_m is that of its seeds around the fixed mean of what it is against.
     """
     rows = {name: mean_row(of) for name, of in groups.items()}
     metrics = qualities(rows.values())
-    base: dict[str, Any] = {key: rows.get(reference, {}).get(key) for key in metrics}
+    base: dict[str, Any] = {key: (baselines or rows.get(reference, {})).get(key) for key in metrics}
     if metrics and all(base.values()):
         higher = {key: better(key) == "high" for key in metrics}
         for name, of in groups.items():

@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from m3bsr.backbones.task_vit import TaskViTMixin
 from m3bsr.backbones.weights import read_weights
-from m3bsr.moe.published import from_published, join_ranks, to_published
+from m3bsr.moe.published import from_published, join_ranks, split_ranks, to_published
 
 _BLOCK = re.compile(r"(?P<block>blocks\.\d+\.mlp)\.(?P<rest>(?:experts|gate|gates)\..*)")
 
@@ -80,3 +81,28 @@ def published_state_dict(backbone: TaskViTMixin) -> dict[str, Tensor]:
     for block, layer in layers.items():
         theirs |= {f"backbone.{block}.{k}": v for k, v in to_published(layer, backbone.tasks).items()}
     return theirs
+
+
+def save_published_weights(backbone: TaskViTMixin, path: str | Path, num_ranks: int | None = None) -> None:
+    """Write :func:`published_state_dict` as ``{"state_dict": ...}``, for the published code or for
+    :func:`load_published_weights`.
+
+    Args:
+        path: one file; with ``num_ranks`` a folder, which is made and holds ``0.pth`` to ``n.pth``, the experts divided
+            among them in order.
+
+    Raises:
+        ValueError: experts that do not divide among the ranks, a tensor without a published name, or a folder with
+            files of more ranks.
+    """
+    path, state = Path(path), published_state_dict(backbone)
+    if num_ranks is None:
+        torch.save({"state_dict": state}, path)
+        return
+    parts = split_ranks(state, num_ranks)
+    path.mkdir(parents=True, exist_ok=True)
+    names = [f"{rank}.pth" for rank in range(num_ranks)]
+    if others := sorted({file.name for file in path.glob("*.pth")} - {*names}):
+        raise ValueError(f"{path} holds {others[0]}, which is none of {num_ranks} ranks: choose an empty folder")
+    for name, part in zip(names, parts, strict=True):
+        torch.save({"state_dict": part}, path / name)

@@ -101,6 +101,24 @@ def join_ranks(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return joined
 
 
+def split_ranks(state: Mapping[str, Tensor], num_ranks: int) -> list[dict[str, Tensor]]:
+    """The state dicts of `num_ranks` expert-parallel processes, inverse of `join_ranks`: each has its share of the
+    experts and all other tensors, as every process of a published run loads its own file.
+
+    Raises:
+        ValueError: experts that do not divide among the ranks.
+    """
+    parts: list[dict[str, Tensor]] = [{} for _ in range(num_ranks)]
+    for key, tensor in state.items():
+        is_expert = _IS_EXPERT.search(key) is not None
+        if is_expert and tensor.shape[0] % num_ranks:
+            raise ValueError(f"{key}: {tensor.shape[0]} experts do not divide among {num_ranks} ranks")
+        shares = [share.clone() for share in tensor.chunk(num_ranks)] if is_expert else [tensor] * num_ranks
+        for part, share in zip(parts, shares, strict=True):
+            part[key] = share
+    return parts
+
+
 def _task_name(number: str | None, tasks: Sequence[str]) -> str:
     if number is None:
         return "shared"

@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from m3bsr.backbones import MoEVisionTransformer, load_published_weights, published_state_dict
+from m3bsr.backbones import (
+    MoEVisionTransformer,
+    load_published_weights,
+    published_state_dict,
+    read_published,
+    save_published_weights,
+)
 
 TENSORS = load_file(Path(__file__).parents[1] / "golden" / "m3vit_moe.safetensors")
 STATE = {k.removeprefix("weights/"): v for k, v in TENSORS.items() if k.startswith("weights/")}
@@ -66,6 +72,32 @@ def test_names_round_trip_and_ranks_join(tmp_path: Path) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(other.state_dict().values(), backbone.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("num_ranks", [None, 1, 2, 4])
+def test_written_files_are_read_back(tmp_path: Path, num_ranks: int | None) -> None:
+    backbone, path = published_backbone(), tmp_path / ("one.pth" if num_ranks is None else "ranks")
+    load_published_weights(backbone, STATE)
+    save_published_weights(backbone, path, num_ranks)
+    if num_ranks:
+        shares = [torch.load(path / f"{rank}.pth", weights_only=True)["state_dict"] for rank in range(num_ranks)]
+        assert shares[-1].keys() == STATE.keys()
+        name = "backbone.blocks.1.mlp.experts.htoh4.weight"
+        assert torch.equal(shares[-1][name], STATE[name][8 - 8 // num_ranks :])
+    read = read_published(path)
+    assert read.keys() == STATE.keys() and all(torch.equal(read[k], STATE[k]) for k in STATE)
+    other = published_backbone()
+    load_published_weights(other, path)
+    torch.testing.assert_close(other(TENSORS["x"])["depth"], TENSORS["features/depth"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_written_by_rank_is_refused(tmp_path: Path) -> None:
+    backbone = published_backbone()
+    with pytest.raises(ValueError, match="experts.htoh4.weight: 8 experts do not divide among 3 ranks"):
+        save_published_weights(backbone, tmp_path, 3)
+    save_published_weights(backbone, tmp_path, 4)
+    with pytest.raises(ValueError, match="holds 2.pth, which is none of 2 ranks"):
+        save_published_weights(backbone, tmp_path, 2)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused() -> None:

@@ -187,6 +187,33 @@ def test_noisy_load_equals_redrawing_one_experts_noise() -> None:
         assert balance.noisy_load(clean, noisy, std, K)[expert].item() == pytest.approx(counted.item(), abs=0.03)
 
 
+@pytest.mark.parametrize("window", [None, (2, 7)])
+@pytest.mark.parametrize(("name", "noise"), [("noisy_topk", 0.0), ("vmoe", 6.0), ("cosine", 6.0)])
+def test_load_of_a_gate_is_what_its_own_noise_makes_of_it(
+    name: str, noise: float, window: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, noise and its size reach the load as the gate uses them: smooth and counted loads agree in the mean."""
+    smooth, losses = [], []
+    exact = balance.noisy_load
+    monkeypatch.setattr(balance, "noisy_load", lambda *args: smooth.append(exact(*args)) or smooth[-1])
+    gate = make_gate(name, noise_std=noise)
+    if name == "noisy_topk":
+        gate.w_noise.data.normal_(std=0.5)
+    first, end = window or (0, E)
+    x, counted, draws = tokens(30), torch.zeros(E), 600
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(draws):
+            routed = gate(x, window)
+            drawn = F.one_hot(routed.experts_TK, E)
+            counted += drawn.sum((0, 1))
+            importance = (drawn * routed.weights_TK[..., None]).sum((0, 1))[first:end]
+            losses.append((routed.balance_loss, balance.cv_squared(importance) + balance.cv_squared(smooth[-1])))
+    torch.testing.assert_close(torch.stack(smooth).mean(0), counted[first:end] / draws, rtol=0.05, atol=0.2)
+    got, wanted = (torch.stack(values) for values in zip(*losses, strict=True))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_noisy_load_with_all_experts_chosen_is_every_token() -> None:
     clean = torch.randn(6, 4)
     assert torch.equal(balance.noisy_load(clean, clean, 1.0, 4), torch.full((4,), 6.0))

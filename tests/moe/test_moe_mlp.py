@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -155,26 +156,58 @@ def test_autocast_bf16_trains(backend: str) -> None:
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
-def live_tensors() -> int:
+class Kept:
+    """A tensor that autograd keeps for the backward pass; alive as long as the graph holds it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def live_tensors() -> tuple[int, int]:
+    """Number and bytes of the tensors that Python knows."""
     gc.collect()
-    return sum(type(o) is torch.Tensor for o in gc.get_objects())
+    tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+    return len(tensors), sum(tensor.nbytes for tensor in tensors)
+
+
+def graph_size(*roots: torch.Tensor) -> int:
+    """Nodes of the autograd graph behind some tensors."""
+    found, open_nodes = set(), [root.grad_fn for root in roots]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            open_nodes += [function for function, _ in node.next_functions]
+    return len(found)
 
 
 @pytest.mark.parametrize(("gate", "backend"), [*((gate, "grouped") for gate in GATES), ("vmoe", "low_memory")])
 def test_nothing_accumulates_over_fifty_steps(gate: str, backend: str) -> None:
     moe = make(gate=gate, backend=backend)
     optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)
-    seen = []
+    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        entry = Kept(tensor)
+        kept.add(entry)
+        return entry
+
+    memory, graphs = [], set()
     for step in range(50):
-        y, routing = moe(torch.randn(3, 4, 16), TASKS)
-        loss = y.square().mean() + routing.balance_loss + routing.z_loss
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.tensor):
+            y, routing = moe(torch.randn(3, 4, 16), TASKS)
+            loss = y.square().mean() + routing.balance_loss + routing.z_loss
+        assert len(kept) > 0
+        graphs.add(graph_size(loss))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         del y, routing, loss
+        assert len(kept) == 0, f"step {step}: what the graph kept is still there"
         if step in (4, 49):
-            seen.append(live_tensors())
-    assert seen[1] <= seen[0]
+            memory.append(live_tensors())
+    assert memory[1] <= memory[0]
+    assert len(graphs) == 1, f"the graph changes its size from step to step: {graphs}"
     for module in moe.modules():
         held = [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
         assert not held and not module._buffers, f"{type(module).__name__} keeps {held}"

@@ -21,6 +21,10 @@ from m3bsr.moe.experts import Experts
 def missing() -> str | None:
     if importlib.util.find_spec("fmoe") is None:
         return "fastmoe is not installed (build it from https://github.com/laekov/fastmoe, needs CUDA)"
+    try:
+        importlib.import_module("fmoe.linear")
+    except (ImportError, OSError) as error:  # it imports its CUDA part, which may be missing or for another torch
+        return f"fastmoe does not load: {error}"
     return None
 
 

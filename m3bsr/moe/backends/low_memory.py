@@ -30,7 +30,7 @@ def why_not(device: torch.device, dtype: torch.dtype, experts: Experts) -> str |
 def run(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts) -> Tensor:
     plan = plan_dispatch(experts_TK, experts.num_experts, pad_rows=pad_rows(x_TD))
     params = [*experts.fc1.weights, *experts.fc1.biases, *experts.fc2.weights, *experts.fc2.biases]
-    return _WholeLayer.apply(x_TD, weights_TK, plan, *(p.to(x_TD.dtype) for p in params))
+    return _WholeLayer.apply(x_TD, weights_TK, plan, *params)
 
 
 def _quarters(items: Any, num_experts: int) -> tuple[Any, Any, Any, Any]:
@@ -41,9 +41,9 @@ def _quarters(items: Any, num_experts: int) -> tuple[Any, Any, Any, Any]:
 class _WholeLayer(Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, plan: Dispatch, *params: Tensor) -> Tensor:
-        w1, b1, w2, b2 = _quarters(params, len(plan.spans))
         ctx.plan = plan
         ctx.save_for_backward(x_TD, weights_TK, *params)
+        w1, b1, w2, b2 = _quarters([p.to(x_TD.dtype) for p in params], len(plan.spans))
         h_RH = F.gelu(linear_rows(x_TD.index_select(0, plan.tokens_R), w1, b1, plan))
         return sum_rows(linear_rows(h_RH, w2, b2, plan), plan, weights_TK)
 
@@ -52,7 +52,8 @@ class _WholeLayer(Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         plan: Dispatch = ctx.plan
         x_TD, weights_TK, *params = ctx.saved_tensors
-        w1, b1, w2, b2 = _quarters(params, len(plan.spans))
+        # Under autocast the copies in its type are made again: kept, they would be half as large as the experts.
+        w1, b1, w2, b2 = _quarters([p.to(x_TD.dtype) for p in params], len(plan.spans))
         need_x, need_gate = ctx.needs_input_grad[:2]
         need_w1, need_b1, need_w2, need_b2 = _quarters(ctx.needs_input_grad[3:], len(plan.spans))
         below = [need_x or w or b for w, b in zip(need_w1, need_b1, strict=True)]
@@ -82,7 +83,9 @@ class _WholeLayer(Function):
             grad_w1, grad_b1 = _param_grads(grad_u_RH, x_RD, w1, plan, need_w1, need_b1)
             if need_x:
                 grad_x_TD = sum_rows(linear_rows_backward(grad_u_RH, w1, plan, [True] * len(w1)), plan)
-        return grad_x_TD, grad_weights_TK, None, *grad_w1, *grad_b1, *grad_w2, *grad_b2
+        grads = (*grad_w1, *grad_b1, *grad_w2, *grad_b2)
+        own_dtype = (g if g is None else g.to(p.dtype) for g, p in zip(grads, params, strict=True))
+        return grad_x_TD, grad_weights_TK, None, *own_dtype
 
 
 def _param_grads(

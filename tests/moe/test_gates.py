@@ -12,6 +12,7 @@ from m3bsr.moe import balance
 from m3bsr.moe.gates import GATES
 from m3bsr.moe.gates.linear import expert_windows
 from m3bsr.moe.gates.noisy_topk import MIN_STD, NoisyTopKGate
+from m3bsr.moe.gates.slots import SlotGate
 from m3bsr.moe.gates.vmoe import VMoEGate
 
 D, E, K, T = 12, 8, 3, 40
@@ -92,8 +93,8 @@ def test_no_tokens_give_finite_zero_losses(name: str) -> None:
 
 @ALL_GATES
 def test_ties_go_to_the_lower_expert(name: str) -> None:
-    gate = make_gate(name).eval()
-    gate.w_gate.data.copy_(gate.w_gate[:, :1].expand(-1, E))
+    gate = GATES[name](D, 9, K).eval()  # 9: as many experts in every slot of K
+    gate.w_gate.data.copy_(gate.w_gate[:, :1].expand(-1, 9))
     assert torch.equal(gate(tokens()).experts_TK, torch.arange(K).expand(T, K))
 
 
@@ -134,6 +135,36 @@ def test_cosine_ignores_the_length_of_a_token() -> None:
     torch.testing.assert_close(gate(tokens() * lengths).weights_TK, gate(tokens()).weights_TK)
     gate.log_scale.data.fill_(50.0)
     assert gate.logits(tokens(), (0, E)).abs().max() <= 100.1
+
+
+@pytest.mark.parametrize("num_experts", [6, 8, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_slots_hold_one_choice_each_and_it_is_the_best(num_experts: int, training: bool) -> None:
+    torch.manual_seed(0)
+    gate = SlotGate(D, num_experts, K).train(training)
+    gate.w_gate.data.mul_(20)
+    routed, logits = gate(tokens()), tokens() @ gate.w_gate
+    for t in range(T):
+        members = [[e for e in range(num_experts) if e % K == slot] for slot in range(K)]
+        best = [max(slot, key=lambda e: logits[t, e].item()) for slot in members]
+        p = torch.stack([torch.softmax(logits[t, slot], 0).max() for slot in members])
+        assert set(routed.experts_TK[t].tolist()) == set(best)
+        torch.testing.assert_close(routed.weights_TK[t], (p / p.sum()).sort(descending=True).values)
+
+
+@pytest.mark.parametrize("num_experts", [8, 9])
+def test_noisy_load_of_slots_is_the_monte_carlo_load(num_experts: int) -> None:
+    torch.manual_seed(0)
+    gate = SlotGate(D, num_experts, K, noise_std=4.0, renormalize=False)
+    gate.w_gate.data.mul_(5)
+    x, draws = tokens(20), 1500
+    routed = gate(x.repeat(draws, 1))
+    counted = torch.bincount(routed.experts_TK.flatten(), minlength=num_experts).float()
+    load = routed.balance_loss.detach() - balance.cv_squared(
+        balance.importance(routed.weights_TK.detach(), routed.experts_TK, num_experts)
+    )
+    # The smooth load and the counted one have one expectation, so nearly the same unevenness over so many draws.
+    assert load.item() == pytest.approx(balance.cv_squared(counted).item(), rel=0.03)
 
 
 def test_cv_squared_is_unbiased_variance_over_squared_mean() -> None:
@@ -219,12 +250,12 @@ def test_noisy_load_with_all_experts_chosen_is_every_token() -> None:
     assert torch.equal(balance.noisy_load(clean, clean, 1.0, 4), torch.full((4,), 6.0))
 
 
-@pytest.mark.parametrize("name", ["vmoe", "cosine"])
+@pytest.mark.parametrize("name", ["vmoe", "cosine", "slots"])
 def test_noise_is_for_training_only_and_its_load_has_a_gradient(name: str) -> None:
     gate = make_gate(name, noise_std=8.0)
     first, second = gate(tokens()), gate(tokens())
     assert not torch.equal(first.weights_TK, second.weights_TK)
-    load_only = balance.noisy_load(gate.logits(tokens(), (0, E)), gate.logits(tokens(), (0, E)), 1.0, K)
+    load_only = balance.noisy_load(tokens() @ gate.w_gate, tokens() @ gate.w_gate, 1.0, K)
     assert load_only.requires_grad
     gate.eval()
     assert torch.equal(gate(tokens()).weights_TK, gate(tokens()).weights_TK)

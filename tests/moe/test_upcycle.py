@@ -66,6 +66,13 @@ def test_split_with_free_gates_is_only_close_in_expectation() -> None:
     torch.testing.assert_close(torch.stack(outputs).mean(0), mlp(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("top_k", [4, 8])
+def test_slots_choose_a_complete_mlp_however_the_gate_is_trained(top_k: int) -> None:
+    """Free columns: a whole MLP in every choice, its slices weighted a little unevenly; top-k is far off here."""
+    assert relative_error(F // 4, "split", top_k=top_k, gate="slots") < 0.15
+    assert relative_error(F // 4, "split", top_k=top_k, gate="vmoe") > 0.3
+
+
 def test_noise_tells_experts_apart_a_little() -> None:
     state = dense_state(dense_mlp())
     torch.manual_seed(1)

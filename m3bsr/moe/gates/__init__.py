@@ -11,10 +11,12 @@ from torch import nn
 
 from m3bsr.moe.gates.cosine import CosineGate
 from m3bsr.moe.gates.noisy_topk import NoisyTopKGate
+from m3bsr.moe.gates.slots import SlotGate
 from m3bsr.moe.gates.vmoe import VMoEGate
 
 GATES: dict[str, type[nn.Module]] = {
     "noisy_topk": NoisyTopKGate,
     "vmoe": VMoEGate,
     "cosine": CosineGate,
+    "slots": SlotGate,
 }

@@ -22,6 +22,7 @@ from m3bsr.data import DATASETS, RECIPES, build_transform
 from m3bsr.data.mix import MixImages
 from m3bsr.data.several import SeveralSets
 from m3bsr.data.transforms import Pipeline
+from m3bsr.engine.damaged import ReplaceDamaged
 from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.schedule import make_schedule
@@ -231,7 +232,10 @@ def build_model(config: Config) -> MultiTaskModel:
 
 
 def build_datasets(config: Config, target_size: str = "network") -> tuple[Dataset, Dataset]:
-    """Training and validation set; ``target_size="original"`` leaves the validation labels at their own size."""
+    """Training and validation set; ``target_size="original"`` leaves the validation labels at their own size.
+
+    With ``data.on_error="skip"`` samples that cannot be read are replaced (``engine.damaged``).
+    """
     data = config.data
     if data.sets:
         pairs = {task: build_datasets(member, target_size) for task, member in members(config).items()}
@@ -258,7 +262,7 @@ def build_datasets(config: Config, target_size: str = "network") -> tuple[Datase
         if len(names) > settings.get(task, {}).get("num_classes", len(names)):
             number = settings[task]["num_classes"]
             raise ValueError(f"data.num_classes of {task} is {number}, but {data.root} has {len(names)} classes")
-    return train, val
+    return (ReplaceDamaged(train), ReplaceDamaged(val)) if data.on_error == "skip" else (train, val)
 
 
 def transform_of(config: Config, *, train: bool) -> Pipeline:

@@ -65,6 +65,10 @@ class DataConfig:
     """Use only the first so many training samples."""
     max_val: int | None = None
     """Use only the first so many validation samples."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What a damaged sample does: end the run, or be logged, counted and replaced by another."""
+    max_skipped: float = 0.01
+    """Share of the training and of the validation samples that may be damaged with on_error skip."""
     num_classes: dict[str, int] = field(default_factory=dict)
     """Classes per task where they differ from the data set's own; filled in where only the folder knows them."""
     sets: dict[str, str] = field(default_factory=dict)
@@ -84,6 +88,8 @@ class DataConfig:
         _positive(self, "data", "image_size", "max_train", "max_val")
         _not_negative(self, "data", "num_workers", "mixup", "cutmix")
         _positive(self, "data", "temperature")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"data.max_skipped must lie in [0, 1], got {self.max_skipped}")
         for task, number in self.num_classes.items():
             if number < 1:
                 raise ValueError(f"data.num_classes of {task} must be positive, got {number}")

@@ -11,6 +11,7 @@ from typing import Any
 from m3bsr.build import build_datasets, build_tasks
 from m3bsr.cli.common import metrics_table, one_line_errors, open_run, pick_device, write_json
 from m3bsr.config import replace
+from m3bsr.engine.damaged import KEY, DamagedSamples
 from m3bsr.engine.evaluate import evaluate
 from m3bsr.engine.loader import eval_loader
 from m3bsr.utils.lookup import lookup
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     write_json(out, report)
     print(f"{report['num_images']} images, labels at {report['protocol']} size, {report['checkpoint']}")
+    for line in report["damaged"]:
+        print(f"warning: left out: {line}", file=sys.stderr)
     print(metrics_table(report["metrics"]))
     print(out)
     return 0
@@ -93,11 +96,14 @@ def evaluate_run(
     _, val_set = build_datasets(config, target_size=protocol)
     loader = eval_loader(val_set, batch_size=config.train.eval_batch_size, num_workers=config.data.num_workers)
     metrics = evaluate(model.to(where), build_tasks(config), loader, where, config.train.precision, progress)
+    sizes = {"val": len(val_set)}  # type: ignore[arg-type]
+    DamagedSamples(sizes, config.data.max_skipped).note("val", {KEY: metrics.damaged})
     return {
         "run": str(run),
         "checkpoint": str(folder),
         "protocol": protocol,
         "precision": config.train.precision,
         "num_images": metrics.num_images,
+        "damaged": list(metrics.damaged),
         "metrics": metrics,
     }

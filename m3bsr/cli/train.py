@@ -41,6 +41,7 @@ NUM_COUNTING_BATCHES = 4
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = {
     *("run.dir", "run.resume", "run.overwrite", "run.device", "data.root", "data.num_workers", "data.max_val"),
+    *("data.on_error", "data.max_skipped"),
     *("train.epochs", "train.max_steps", "train.eval_every", "train.eval_batch_size"),
     *("train.save_every", "train.log_every"),
 }
@@ -112,6 +113,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         save_every=config.train.save_every,
         log_every=config.train.log_every,
         num_workers=config.data.num_workers,
+        max_skipped=config.data.max_skipped,
         seed=config.run.seed,
         resume=resume,
         device=device,
@@ -225,6 +227,7 @@ def summarise(result: TrainResult, model: nn.Module, device: torch.device, wall_
         "data_wait": result.data_wait,
         "peak_memory": memory,
         "num_overflows": at.num_overflows,
+        "num_damaged": {split: len(lines) for split, lines in at.damaged.items()},
         "wall_s": wall_s,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "num_threads": torch.get_num_threads(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
+from m3bsr.engine.damaged import KEY, without_replaced
 from m3bsr.engine.precision import autocast
 from m3bsr.moe.stats import RoutingCounts, routing_stats
 from m3bsr.tasks.base import Task
@@ -21,7 +22,8 @@ class Metrics(dict[str, dict[str, float]]):
 
     ``protocol`` is ``"network"`` (labels at the size of the network's input) or ``"original"`` (predictions resized
     bilinearly to labels of another size, normally that of the photograph). ``expert_counts`` holds per MoE block and
-    task how often each expert was chosen, ``[E]``; it is empty for a model without experts.
+    task how often each expert was chosen, ``[E]``; it is empty for a model without experts. ``damaged`` holds a line
+    for each sample that was left out because it could not be read (``data.on_error="skip"``).
     """
 
     def __init__(
@@ -30,11 +32,13 @@ class Metrics(dict[str, dict[str, float]]):
         protocol: str,
         num_images: int,
         expert_counts: Mapping[int, Mapping[str, Tensor]] | None = None,
+        damaged: Sequence[str] = (),
     ) -> None:
         super().__init__(values)
         self.protocol = protocol
         self.num_images = num_images
         self.expert_counts = expert_counts or {}
+        self.damaged = tuple(damaged)
 
     @property
     def routing(self) -> dict[str, dict[str, Any]]:
@@ -63,13 +67,18 @@ def evaluate(
     metrics = {name: task.metric() for name, task in tasks.items()}
     protocol, num_images, was_training = "network", 0, model.training
     seen: set[str] = set()
+    damaged: list[str] = []
     routing = RoutingCounts()
     model.eval()
     try:
         total = len(loader) if isinstance(loader, Sized) else None
         bar = tqdm(loader, total=total, desc="evaluate", unit="batch", leave=False, disable=not progress)
         with torch.inference_mode():
-            for batch in bar:
+            for loaded in bar:
+                damaged += filter(None, loaded.get(KEY, ()))
+                batch = without_replaced(loaded)
+                if batch is None:
+                    continue
                 images = batch["image"].to(device, non_blocking=True)
                 with autocast(device, precision):
                     output = model(images, tasks=labelled(batch, tasks))
@@ -91,7 +100,7 @@ def evaluate(
     if unseen := [name for name in tasks if name not in seen]:
         raise ValueError(f"nothing to evaluate: the validation set has no labels for {', '.join(unseen)}")
     scores = {name: metric.compute() for name, metric in metrics.items()}
-    return Metrics(scores, protocol, num_images, routing.per_task())
+    return Metrics(scores, protocol, num_images, routing.per_task(), damaged)
 
 
 def labelled(batch: Mapping[str, Any], tasks: Iterable[str]) -> tuple[str, ...]:

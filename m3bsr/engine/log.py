@@ -6,7 +6,7 @@ data and ``data_wait`` the share of time that was waited; ``loss_weights {task}`
 the next step. Validation lines hold ``kind="val", step, epoch, best_step,
 protocol, metrics {task: {metric}}``. Models with experts add ``routing {block: {load, entropy, overlap, ...}}`` (see
 ``m3bsr.moe.stats``) to both, over the steps since the line before or the whole evaluation. ``step`` counts finished
-steps.
+steps. A damaged sample that was replaced has a line ``kind="damaged", step, split, error``, once.
 """
 
 from __future__ import annotations

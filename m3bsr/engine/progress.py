@@ -30,6 +30,8 @@ class Progress:
     best_metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     num_overflows: int = 0
     """Steps that the fp16 loss scaler skipped."""
+    damaged: dict[str, list[str]] = field(default_factory=dict)
+    """Samples found damaged and replaced, a line each, by split."""
     loss_balance: dict[str, Any] = field(default_factory=dict)
     """State of the rule that weighs the losses."""
     window: dict[str, Any] = field(default_factory=dict)

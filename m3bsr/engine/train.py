@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from m3bsr.engine.balance import BALANCES
+from m3bsr.engine.damaged import KEY, DamagedSamples
 from m3bsr.engine.evaluate import Metrics, evaluate, labelled, score
 from m3bsr.engine.finite import NonFiniteError, check_finite
 from m3bsr.engine.loader import BatchTransform, eval_loader, steps_in_epoch, steps_in_run, train_loader
@@ -69,6 +70,7 @@ def train(
     save_every: int | None = None,
     log_every: int = 10,
     num_workers: int = 0,
+    max_skipped: float = 0.01,
     seed: int = 0,
     device: torch.device | str = "cpu",
     resume: bool = False,
@@ -93,13 +95,15 @@ def train(
         loss_balance: rule of ``engine.balance.BALANCES`` that changes these weights on the way.
         loss_stride: training losses at ``1 / loss_stride`` of the image size: full-size logits can dominate memory.
         eval_every: epochs between evaluations; 0 evaluates at the end only.
+        max_skipped: share of either set whose samples may be damaged, if the sets replace them (``engine.damaged``).
         resume: go on from the newest whole checkpoint of ``run_dir``, to the same bits as without the interruption.
         batch_transform: of a whole training batch (mixup), in the loader's processes.
         reporter: called with the model and its metrics after each evaluation for pictures
             ``{tag: uint8 [H, W, 3]}`` that go to TensorBoard.
 
     Raises:
-        ValueError: too few images for a step, a precision that the device lacks, a checkpoint of another model.
+        ValueError: too few images for a step, a precision that the device lacks, a checkpoint of another model, a
+            damaged sample.
         NonFiniteError: a loss or gradient is NaN or infinite (with fp16 the loss scaler deals with gradients).
     """
     # set-up, or everything as it was when the checkpoint was saved
@@ -121,6 +125,7 @@ def train(
     at = saver.resume(total_steps) if resume else Progress(total_steps)
     balance = lookup(BALANCES, loss_balance, "loss.balance")(weights, epoch_steps, at.loss_balance)
     log = RunLog(run_dir, start_step=at.step, tensorboard=tensorboard)
+    damaged = DamagedSamples({"train": len(train_set), "val": len(val_set)}, max_skipped, at.damaged)
     window, step_ms, waited_ms = Window(at.window), [], 0.0
 
     # data: both loaders live as long as the run
@@ -134,6 +139,12 @@ def train(
         now = at.step == total_steps or (eval_every > 0 and at.step % (eval_every * epoch_steps) == 0)
         return now and at.evaluated_step < at.step
 
+    def note_damaged(split: str, step: int, found: Mapping[str, Any]) -> None:
+        for line in damaged.note(split, found):
+            say(f"warning: step {step}: damaged {split} sample: {line}")
+            log.write({"kind": "damaged", "step": step, "split": split, "error": line})
+        at.damaged = damaged.lines
+
     bar = tqdm(total=total_steps, initial=at.step, unit="step", desc="train", disable=not progress_bar)
     with StopSignal() as stop, bar:
         model.train()
@@ -145,6 +156,7 @@ def train(
                     metrics = evaluate(model, tasks, unless_stopped, device, precision, progress=progress_bar)
                 except _StoppedError:
                     break
+                note_damaged("val", at.step, {KEY: metrics.damaged})
                 is_best = at.note_evaluation(metrics, score(metrics, tasks))
                 log.write(_val_record(at, epoch_steps, metrics.routing))
                 log.pictures(at.step, reporter(model, metrics) if reporter else {})
@@ -164,6 +176,7 @@ def train(
                 asked = time.perf_counter()
                 batch = next(batches)
                 wait += time.perf_counter() - asked
+                note_damaged("train", at.step + 1, batch)
                 files += batch["name"]
                 images = batch["image"].to(device, non_blocking=True)
                 targets = {name: batch[name].to(device, non_blocking=True) for name in labelled(batch, tasks)}

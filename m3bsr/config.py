@@ -220,6 +220,8 @@ class TrainConfig:
     """Autocast type; fp16 with a gradient scaler, on CUDA only."""
     clip_norm: float = 1.0
     """Gradient norm to clip to; 0 does not clip."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights that train; it is what is evaluated and saved. 0: none."""
     eval_every: int = 1
     """Evaluate after so many epochs; 0: only at the end."""
     eval_batch_size: int = 8
@@ -234,6 +236,8 @@ class TrainConfig:
         _positive(self, "train", "epochs", "max_steps", "batch_size", "accumulate", "eval_batch_size", "save_every")
         _positive(self, "train", "log_every")
         _not_negative(self, "train", "clip_norm", "eval_every")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay must lie in [0, 1), got {self.ema_decay}")
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         device=device,
         precision=config.train.precision,
         clip_norm=config.train.clip_norm,
+        ema_decay=config.train.ema_decay,
         loss_weights=config.loss.weights,
         loss_balance=config.loss.balance,
         loss_stride=config.loss.stride,

@@ -3,7 +3,8 @@
 A checkpoint is a folder:
 
     model.safetensors   every parameter and buffer, the frozen ones too: it stands alone
-    state.pt            optimizer, scheduler, loss scaler, random generators, progress; loads with weights_only=True
+    state.pt            optimizer, scheduler, loss scaler, random generators, progress; loads with weights_only=True.
+                        With a moving average of the weights (which is then the model) also the weights themselves
     config.json         the run's config, from which the model is rebuilt
     manifest.json       step, and the SHA-256 of each file above; written last
 
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from m3bsr.engine.ema import Ema
 from m3bsr.engine.rng import get_rng_state, set_rng_state
 
 FORMAT = "m3bsr checkpoint 1"
@@ -47,12 +49,14 @@ def save_checkpoint(
     optimizer: Any = None,
     scheduler: Any = None,
     scaler: Any = None,
+    ema: Ema | None = None,
     keep_previous: bool = False,
 ) -> None:
     """Write all that an exact resume needs into ``folder``, which is replaced only when everything is on the disk.
 
     Args:
         progress: plain data with the number of steps done under ``"step"``.
+        ema: applied to ``model`` now, so that the averaged weights are what the folder gives to others.
         keep_previous: rename a checkpoint that was in ``folder`` to ``previous`` beside it, instead of removing it.
 
     Raises:
@@ -68,6 +72,7 @@ def save_checkpoint(
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "ema": ema.state_dict() if ema is not None else None,
             "rng": get_rng_state(),
             "progress": dict(progress),
         }
@@ -198,7 +203,14 @@ def load_state(folder: str | Path) -> dict[str, Any]:
 
 
 def resume(
-    folder: str | Path, model: nn.Module, optimizer: Any, scheduler: Any, scaler: Any, *, total_steps: int
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    scaler: Any,
+    *,
+    total_steps: int,
+    ema: Ema | None = None,
 ) -> dict[str, Any]:
     """Put everything back as it was when ``folder`` was saved and return the progress.
 
@@ -223,6 +235,14 @@ def resume(
             f"checkpoint {folder}: other parameters trained then than now; "
             "resume with the bsr and optim settings of its config.json"
         )
+    averaged = state.get("ema")
+    if (averaged is None) != (ema is None):
+        raise CheckpointError(
+            f"checkpoint {folder} was trained with{'out' if averaged is None else ''} a moving average of its weights; "
+            "resume with the train.ema_decay of its config.json"
+        )
+    if ema is not None:
+        ema.load_state_dict(averaged)
     optimizer.load_state_dict(state["optimizer"])
     if progress["total_steps"] == total_steps:
         scheduler.load_state_dict(state["scheduler"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from m3bsr.engine import checkpoint
+from m3bsr.engine.ema import Ema
 from m3bsr.engine.evaluate import Metrics
 
 
@@ -58,29 +60,37 @@ class Saver:
         optimizer: Any,
         scheduler: Any,
         scaler: Any,
+        ema: Ema | None = None,
     ) -> None:
         self.folder, self.config = folder, config
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
+        self.ema = ema
         self.last_good: Path | None = None
 
     def save(self, name: str, progress: Progress, must: bool = False) -> None:
         """Save as ``name``. A full disk is a warning and the old checkpoint stays, unless it is the last chance."""
         try:
-            checkpoint.save_checkpoint(
-                self.folder / name,
-                config=self.config,
-                progress=asdict(progress),
-                model=self.model,
-                optimizer=self.optimizer,
-                scheduler=self.scheduler,
-                scaler=self.scaler,
-                keep_previous=name == "last",
-            )
+            with self.averaged():
+                checkpoint.save_checkpoint(
+                    self.folder / name,
+                    config=self.config,
+                    progress=asdict(progress),
+                    model=self.model,
+                    optimizer=self.optimizer,
+                    scheduler=self.scheduler,
+                    scaler=self.scaler,
+                    ema=self.ema,
+                    keep_previous=name == "last",
+                )
             self.last_good = self.folder / name
         except OSError as error:
             if must:
                 raise
             say(f"warning: step {progress.step}: could not write checkpoint {self.folder / name}: {error}")
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that are evaluated and saved: averaged, if the run averages."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def resume(self, total_steps: int) -> Progress:
         """Put back the newest whole checkpoint; a fresh start if there never was one.
@@ -97,7 +107,7 @@ class Saver:
             say(f"no checkpoint in {self.folder} yet: starting from the beginning")
             return Progress(total_steps)
         saved = checkpoint.resume(
-            folder, self.model, self.optimizer, self.scheduler, self.scaler, total_steps=total_steps
+            folder, self.model, self.optimizer, self.scheduler, self.scaler, total_steps=total_steps, ema=self.ema
         )
         self.last_good = folder
         say(f"going on from {folder} after step {saved['step']}")

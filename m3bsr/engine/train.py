@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from m3bsr.engine.balance import BALANCES
 from m3bsr.engine.damaged import KEY, DamagedSamples
+from m3bsr.engine.ema import Ema
 from m3bsr.engine.evaluate import Metrics, evaluate, labelled, score
 from m3bsr.engine.finite import NonFiniteError, check_finite
 from m3bsr.engine.loader import BatchTransform, eval_loader, steps_in_epoch, steps_in_run, train_loader
@@ -60,6 +61,7 @@ def train(
     accumulate: int = 1,
     precision: str = "fp32",
     clip_norm: float | None = 1.0,
+    ema_decay: float = 0.0,
     loss_weights: Mapping[str, float] | None = None,
     loss_balance: str = "fixed",
     loss_stride: int = 1,
@@ -94,6 +96,8 @@ def train(
         loss_weights: per task, the task's default where it has none.
         loss_balance: rule of ``engine.balance.BALANCES`` that changes these weights on the way.
         loss_stride: training losses at ``1 / loss_stride`` of the image size: full-size logits can dominate memory.
+        ema_decay: of the moving average of the weights (``engine.ema``) that is evaluated, saved, and left in
+            ``model`` when the run gets to its end; 0 for none.
         eval_every: epochs between evaluations; 0 evaluates at the end only.
         max_skipped: share of either set whose samples may be damaged, if the sets replace them (``engine.damaged``).
         resume: go on from the newest whole checkpoint of ``run_dir``, to the same bits as without the interruption.
@@ -120,7 +124,8 @@ def train(
         train_set, epochs=epochs, batch_size=batch_size, accumulate=accumulate, max_steps=max_steps
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    ema = Ema(model, ema_decay) if ema_decay else None
+    stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema}
     saver = Saver(Path(run_dir) / "checkpoints", config_dict, **stateful)
     at = saver.resume(total_steps) if resume else Progress(total_steps)
     balance = lookup(BALANCES, loss_balance, "loss.balance")(weights, epoch_steps, at.loss_balance)
@@ -153,13 +158,15 @@ def train(
             if evaluation_is_due():
                 try:
                     unless_stopped = _until(stop, val_batches)
-                    metrics = evaluate(model, tasks, unless_stopped, device, precision, progress=progress_bar)
+                    with saver.averaged():
+                        metrics = evaluate(model, tasks, unless_stopped, device, precision, progress=progress_bar)
+                        pictures = reporter(model, metrics) if reporter else {}
                 except _StoppedError:
                     break
                 note_damaged("val", at.step, {KEY: metrics.damaged})
                 is_best = at.note_evaluation(metrics, score(metrics, tasks))
                 log.write(_val_record(at, epoch_steps, metrics.routing))
-                log.pictures(at.step, reporter(model, metrics) if reporter else {})
+                log.pictures(at.step, pictures)
                 if is_best:
                     saver.save("best", at)
                 saver.save("last", at, must=at.step == total_steps)
@@ -207,6 +214,8 @@ def train(
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update()
             at.num_overflows += scaler.get_scale() < scale
             at.step += 1
             scheduler.step_update(at.step)
@@ -230,6 +239,8 @@ def train(
 
         if stop.requested:
             saver.save("last", at, must=True)
+        elif ema is not None:
+            ema.keep()
     log.close()
     data_wait = waited_ms / (waited_ms + sum(step_ms)) if step_ms else 0.0
     return TrainResult(at, stop.signum, saver.folder / "last", step_ms, data_wait)

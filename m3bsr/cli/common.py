@@ -20,7 +20,7 @@ from m3bsr.engine.finite import NonFiniteError
 from m3bsr.models import MultiTaskModel
 from m3bsr.utils.log import show_log
 
-USER_ERROR, BAD_NUMBERS, INTERRUPTED = 2, 3, 130
+USER_ERROR, BAD_NUMBERS, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 4, 130
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:

@@ -189,9 +189,15 @@ class PredictedCosts:
 
 
 def find_plans(
-    config: Config, memory_bytes: int | None, step_ratio: float | None, *, num_blocks: int = 3, top: int = 3
+    config: Config,
+    memory_bytes: int | None,
+    step_ratio: float | None,
+    *,
+    num_blocks: int = 3,
+    top: int = 3,
+    sizes: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Plans that fit, best first, for several batch sizes around the config's, largest batches first.
+    """Plans that fit, best first, for the batch sizes ``sizes`` (several around the config's), largest first.
 
     Each row: ``plan`` (the config's with blocks, drops and recomputation replaced), ``batch_size``, ``value`` (coverage
     of the blocks times tokens kept, as in ``suggest_plan``), ``step_ratio``, ``predicted_peak_bytes``, ``step_gmacs`` a
@@ -200,7 +206,7 @@ def find_plans(
     Raises:
         ValueError: nothing fits, at the smallest batch either; says what would.
     """
-    sizes = sorted({max(1, round(config.train.batch_size * factor)) for factor in BATCHES})
+    sizes = sorted(set(sizes or (max(1, round(config.train.batch_size * factor)) for factor in BATCHES)))
     rows: list[dict[str, Any]] = []
     traced = PredictedCosts(empty_job(config))
     depth = traced.shape.depth

@@ -26,7 +26,8 @@ from m3bsr.build import (
     build_tasks,
     with_found_classes,
 )
-from m3bsr.cli.common import metrics_table, one_line_errors, pick_device, write_json
+from m3bsr.cli.common import OUT_OF_MEMORY, metrics_table, one_line_errors, pick_device, write_json
+from m3bsr.cli.out_of_memory import advice
 from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
 from m3bsr.data.labelled import spread as evenly
@@ -35,6 +36,7 @@ from m3bsr.engine import TrainResult, newest_checkpoint, train
 from m3bsr.engine.choose_experts import choose_experts
 from m3bsr.engine.rng import seed_everything
 from m3bsr.utils.malloc import keep_freed_memory
+from m3bsr.utils.memory import free_bytes, is_out_of_memory
 
 # Batches that "top:n" counts the routing on.
 NUM_COUNTING_BATCHES = 4
@@ -49,9 +51,26 @@ FREE_ON_RESUME = {
 
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, 2 for a user error, 3 for NaN or infinity, 128 + signal number when a signal ended the run."""
-    config, _ = parse_cli(sys.argv[1:] if argv is None else argv, "Train a model: CONFIG is a file of configs/.")
-    result, summary = run(config)
+    """Exit code 0, 2 for a user error, 3 for NaN or infinity, 4 when memory ran out, 128 + signal number when a signal
+    ended the run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config, _ = parse_cli(arguments, "Train a model: CONFIG is a file of configs/.")
+    memory_bytes = free_bytes(pick_device(config.run.device))
+    try:
+        result, summary = run(config)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split("\n")[0].split()) or "MemoryError"
+    else:
+        return _say_how_it_ended(config, result, summary)
+    # Here the frames of the run, and with them its tensors, are gone: predicting needs little, but not nothing.
+    hint = advice(config, arguments, memory_bytes) if memory_bytes else "lower train.batch_size, or see tools/plan.py"
+    print(f"error: out of memory: {reason}; {hint}", file=sys.stderr)
+    return OUT_OF_MEMORY
+
+
+def _say_how_it_ended(config: Config, result: TrainResult, summary: Mapping[str, Any]) -> int:
     if result.stopped_by is not None:
         name = signal.Signals(result.stopped_by).name
         print(f"stopped by {name} after step {result.progress.step} of {result.progress.total_steps}")

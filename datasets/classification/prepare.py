@@ -10,14 +10,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torchvision.datasets.utils
+
 from m3bsr.cli.common import one_line_errors
 from m3bsr.data import DATASETS
+from m3bsr.data.archives import unpack
 from m3bsr.data.files import dataset_path
 from m3bsr.data.torchvision_sets import TorchvisionImages
 
 SETS = {
     name: kind for name, kind in DATASETS.items() if issubclass(kind, TorchvisionImages) and name != "cars"
 }  # Stanford Cars can no longer be downloaded
+
+
+def _unpack(from_path: str, to_path: str | None = None, remove_finished: bool = False) -> str:
+    folder = to_path or str(Path(from_path).parent)
+    unpack(from_path, folder)
+    return folder
+
+
+# torchvision follows any path in an archive, and not every benchmark has a checksum.
+torchvision.datasets.utils.extract_archive = _unpack
 
 
 @one_line_errors

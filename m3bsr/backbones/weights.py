@@ -1,7 +1,8 @@
 """Weights in: any timm ViT/DeiT checkpoint into a backbone, position embeddings resampled, MLPs upcycled to experts.
 
 Files are read without ever unpickling foreign objects: safetensors, ``torch.load(weights_only=True)``, and
-``.npz`` (ImageNet-21k) through timm's own reader, which refuses pickled arrays.
+``.npz`` (ImageNet-21k) through timm's own reader, which refuses pickled arrays. What claims more than it holds (a zip
+bomb) is refused before it is read.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -22,6 +21,7 @@ from torch import Tensor
 from m3bsr.backbones.task_vit import TaskViTMixin
 from m3bsr.moe import MoEMlp
 from m3bsr.moe.upcycle import num_slices, tie_gate_columns, upcycle_mlp
+from m3bsr.utils.foreign import check_npz, load_tensors, one_line
 
 # Checkpoints do not say how many heads they were trained with. These widths have one well-known answer.
 USUAL_NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
@@ -58,10 +58,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"model.weights: cannot read {path} safely: {reason}") from error
+        loaded = load_tensors(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"model.weights: cannot read {path} safely: {one_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"model.weights: {error}") from None
     for key in ("model", "state_dict", "model_ema"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -127,9 +128,10 @@ def _read_npz(path: Path, backbone: TaskViTMixin) -> dict[str, Tensor]:
         num_classes=0,
     )
     try:
+        check_npz(path)
         twin.load_pretrained(str(path))
-    except (KeyError, ValueError, OSError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"model.weights: cannot read {path} as ViT weights in JAX layout: {error}") from error
+    except Exception as error:  # timm's reader takes the arrays as they come: a wrong one fails in many ways
+        raise ValueError(f"model.weights: cannot read {path} as ViT weights in JAX layout: {one_line(error)}") from None
     return twin.state_dict()
 
 

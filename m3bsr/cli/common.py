@@ -18,6 +18,7 @@ from m3bsr.config import Config, replace
 from m3bsr.engine.checkpoint import CheckpointError, load_weights, newest_checkpoint
 from m3bsr.engine.finite import NonFiniteError
 from m3bsr.models import MultiTaskModel
+from m3bsr.utils.foreign import read_json
 from m3bsr.utils.log import show_log
 
 USER_ERROR, BAD_NUMBERS, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 4, 130
@@ -99,7 +100,7 @@ def read_config(checkpoint: Path) -> Config:
     """
     path = checkpoint / "config.json"
     try:
-        return Config.from_dict(json.loads(path.read_text()))
+        return Config.from_dict(read_json(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{checkpoint} is incomplete: config.json is missing") from None
     except (ValueError, TypeError, AttributeError) as error:

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from m3bsr.build import build_tasks, transform_of
 from m3bsr.cli.common import one_line_errors, open_run, pick_device
 from m3bsr.config import Config
-from m3bsr.data.files import read_image
+from m3bsr.data.files import FORMATS, read_image
 from m3bsr.data.image_transforms import OnImage, middle
 from m3bsr.engine.precision import autocast
 from m3bsr.report.collect import collect
@@ -97,8 +97,11 @@ def predict(model: nn.Module, tasks: Mapping[str, Task], config: Config, path: s
 def upright(path: Path) -> np.ndarray:
     """The photo as uint8 `[H, W, 3]`, turned as its camera says, with at most 1024 pixels a side."""
     picture = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
-    with Image.open(path) as image:
-        turn = TURN.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    with Image.open(path, formats=FORMATS) as image:
+        try:
+            turn = TURN.get(image.getexif().get(EXIF_ORIENTATION, 1))
+        except Exception:  # a damaged EXIF block fails in many ways; the picture itself is whole
+            turn = None
     if turn is not None:
         picture = picture.transpose(turn)
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))

@@ -12,8 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from m3bsr.utils.foreign import one_line
+
 # A photograph has tens of megapixels; more is a mistake or an attack, and would not fit in memory.
 MAX_PIXELS = 100_000_000
+# What is decoded, whatever a file is called: Pillow knows many more formats, among them EPS, which starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 
 def dataset_path(root: str | Path) -> Path:
@@ -95,15 +99,15 @@ def _pixels(path: Path, mode: str | None, grey: bool = False) -> np.ndarray:
         raise FileNotFoundError(f"missing file: {path}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of bombs and odd metadata; what matters is checked here
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
                 if grey and image.mode not in ("L", "P", "I;16", "I", "F"):
                     mode = "L"
                 array = np.array(image.convert(mode) if mode else image)
     except Exception as error:  # a damaged file fails in many ways: OSError, SyntaxError, struct.error
-        raise ValueError(f"cannot read image {path}: {error}") from error
+        raise ValueError(f"cannot read image {path}: {one_line(error)}") from None
     if mode is None and array.ndim != 2:
         raise ValueError(f"{path}: labels must have one channel, found shape {array.shape}")
     return array
@@ -121,7 +125,7 @@ def read_array(path: Path, channels: int) -> Tensor:
         # Mapped, because that compares the shape in the header with the size of the file before any memory is taken.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header fails in many ways
-        raise ValueError(f"cannot read array {path}: {error}") from error
+        raise ValueError(f"cannot read array {path}: {one_line(error)}") from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise ValueError(f"{path}: expected one array, found an archive")
@@ -145,10 +149,7 @@ def read_names(path: Path) -> list[str]:
     if not path.is_file():
         found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise FileNotFoundError(f"missing split file: {path} (splits there: {found})")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from error
+    lines = read_text(path).splitlines()
     names: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         name = line.strip()
@@ -156,12 +157,20 @@ def read_names(path: Path) -> list[str]:
             continue
         if name in names:
             raise ValueError(f"{path}, line {number}: {name!r} stands in line {names[name]} already")
-        if "/" in name or "\\" in name or name.startswith("."):
+        if "/" in name or "\\" in name or "\0" in name or name.startswith("."):
             raise ValueError(f"{path}, line {number}: {name!r} is no plain file name")
         names[name] = number
     if not names:
         raise ValueError(f"{path} names no samples")
     return list(names)
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. ValueError, with the file, for anything else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: {error}") from None
 
 
 def check_files(names: Sequence[str], folder: Path, suffix: str, split_file: Path) -> None:

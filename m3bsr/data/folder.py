@@ -10,7 +10,7 @@ import csv
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from m3bsr.data.dense import DenseImages
-from m3bsr.data.files import read_array, read_labels, read_names, resolve_root
+from m3bsr.data.files import read_array, read_labels, read_names, read_text, resolve_root
 from m3bsr.data.image_folder import SUFFIXES, VAL_SHARE
 from m3bsr.data.targets import class_table, depth_target, read_depth, read_edge, read_mask, read_normals
 from m3bsr.data.targets import read_normals_picture as read_normals_png
@@ -171,7 +171,7 @@ def names_of(root: Path, task: str) -> tuple[str, ...]:
     path = root / f"{task}.txt"
     if not path.is_file():
         return ()
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{path}: expected the names of the classes, one a line, each once")
     return names
@@ -205,7 +205,7 @@ def read_classes_of(root: Path) -> dict[str, str]:
     """
     path, classes = root / CLASSES_FILE, {}
     with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), start=1):
+        for number, row in enumerate(_rows(file, path), start=1):
             row = [cell.strip() for cell in row]
             if not any(row) or (number == 1 and row == ["name", "class"]):
                 continue
@@ -219,6 +219,13 @@ def read_classes_of(root: Path) -> dict[str, str]:
                 raise ValueError(f"{path}, line {number}: {name!r} has a class already")
             classes[name] = row[1]
     return classes
+
+
+def _rows(file: Iterable[str], path: Path) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(file)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
 
 
 def _by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:

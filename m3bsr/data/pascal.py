@@ -6,7 +6,6 @@ see ``datasets/pascal/README.md``. Edges and normals are made from the label map
 
 from __future__ import annotations
 
-import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from m3bsr.data.targets import class_table, read_classes, read_mask, read_matlab
 from m3bsr.data.transforms import Edge, Labels, Normals
 from m3bsr.metrics.thinning import thin_words
 from m3bsr.utils.constants import IGNORE
+from m3bsr.utils.foreign import read_json
 
 CLASS_TABLE = class_table(len(VOC_CLASSES))
 HAS_NORMALS = np.isin(np.arange(NUM_CONTEXT + 1), list(NORMALS_CLASSES))
@@ -131,10 +131,7 @@ class PascalContext(DenseImages):
         path = self.root / "ImageSets" / "Parts" / f"{self.split}.txt"
         if not path.is_file():
             return {}
-        try:
-            objects = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
+        objects = read_json(path)
         if not isinstance(objects, dict) or not all(isinstance(classes, list) for classes in objects.values()):
             raise ValueError(f"{path}: expected a list of object classes for each picture")
         return objects

@@ -5,6 +5,7 @@ Every function gives a tensor ``[C, H, W]`` of the label type whose geometry the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3bsr.data.files import read_array, read_grey, read_image, read_labels
+from m3bsr.data.files import MAX_PIXELS, read_array, read_grey, read_image, read_labels
 from m3bsr.data.transforms import Depth, Edge, Labels, Normals
 from m3bsr.utils.constants import IGNORE
 
@@ -120,16 +121,19 @@ def read_matlab(path: Path, name: str) -> np.ndarray:
     Raises:
         FileNotFoundError, ValueError: missing, damaged, or without that variable.
     """
-    from scipy.io import loadmat  # slow to import, and only this format needs it
+    from scipy.io import loadmat, whosmat  # slow to import, and only this format needs it
 
     if not path.is_file():
         raise FileNotFoundError(f"missing file: {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unknown classes and truncated headers; what is wrong is found below
+            shapes = {key: shape for key, shape, _ in whosmat(path)}  # of compressed variables the headers only
+            if math.prod(shapes.get(name, ())) > MAX_PIXELS:
+                raise ValueError(f"{name} of shape {shapes[name]} is more than the {MAX_PIXELS:,} values allowed")
             content = loadmat(path, variable_names=[name])
     except Exception as error:  # a damaged file fails in many ways: zlib, struct, MatReadError, MemoryError
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content.get(name), np.ndarray):
         raise ValueError(f"{path} holds no variable {name}")
     return content[name]

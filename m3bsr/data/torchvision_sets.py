@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from m3bsr.data.files import resolve_root
 from m3bsr.data.labelled import Indices, LabelledImages, held_out
+from m3bsr.utils.foreign import one_line
 
 # Share of the training images that are held out as val where the benchmark has no val split of its own.
 VAL_SHARE = 0.1
@@ -46,8 +47,12 @@ class TorchvisionImages(LabelledImages):
         return range(len(self.images))
 
     def read(self, index: int) -> tuple[Tensor, int, str]:
-        picture, label = self.images[index]
-        return pil_to_tensor(picture.convert("RGB")), label, f"{type(self).__name__.lower()}-{self.split}-{index}"
+        name = f"{type(self).__name__.lower()}-{self.split}-{index}"
+        try:
+            picture, label = self.images[index]
+            return pil_to_tensor(picture.convert("RGB")), label, name
+        except Exception as error:  # a damaged file fails in many ways; Pillow refuses bombs by itself
+            raise ValueError(f"cannot read image {name} of {self.root}: {one_line(error)}") from None
 
 
 _TRAIN_TEST: dict[str, dict[str, Any]] = {"train": {"split": "train"}, "test": {"split": "test"}}

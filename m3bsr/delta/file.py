@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m3bsr.plan import Plan
+from m3bsr.utils.foreign import one_line
 
 FORMAT = "1"
 
@@ -155,8 +156,8 @@ def read(path: Path, with_tensors: bool = True) -> tuple[DeltaInfo, dict[str, Te
             metadata = file.metadata() or {}
             names = set(file.keys())
             tensors = {name: file.get_tensor(name) for name in sorted(names)} if with_tensors else {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no delta: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged, or no delta: {one_line(error)}") from None
     version = metadata.get("m3bsr_delta")
     if version is None:
         raise ValueError(f"{path} is no delta: a safetensors file that save_delta did not write")
@@ -164,8 +165,8 @@ def read(path: Path, with_tensors: bool = True) -> tuple[DeltaInfo, dict[str, Te
         raise ValueError(f"{path} is a delta of format {version}; this version of m3bsr reads format {FORMAT}")
     try:
         info = _from_metadata(metadata)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its metadata cannot be read ({error})") from None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its metadata cannot be read ({one_line(error)})") from None
     wrong = sorted(names ^ set(info.tensors)) + [
         n for n, t in tensors.items() if Fingerprint.of(n, t) != info.tensors[n]
     ]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from m3bsr.engine.ema import Ema
 from m3bsr.engine.rng import get_rng_state, set_rng_state
+from m3bsr.utils.foreign import load_tensors, one_line, read_json
 
 FORMAT = "m3bsr checkpoint 1"
 MODEL, STATE, CONFIG, MANIFEST = "model.safetensors", "state.pt", "config.json", "manifest.json"
@@ -111,13 +111,15 @@ def verify_checkpoint(folder: str | Path) -> int:
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint {folder}")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {folder} has format {manifest['format']!r}, expected {FORMAT!r}")
         step, sums = int(manifest["step"]), {name: manifest["sha256"][name] for name in (MODEL, STATE, CONFIG)}
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {folder} is incomplete: {MANIFEST} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error})") from None
     for name, expected in sums.items():
         if not (folder / name).is_file():
@@ -192,13 +194,15 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     """What else a checkpoint holds: ``optimizer, scheduler, scaler, rng, progress``. No code in it is run.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or something is missing in it.
     """
     try:
-        state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"checkpoint {folder}: {STATE} cannot be read ({str(error).splitlines()[0]})") from None
-    assert isinstance(state, dict)
+        state = load_tensors(Path(folder) / STATE)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {STATE} cannot be read ({one_line(error)})") from None
+    missing = [key for key in ("optimizer", "scheduler", "scaler", "rng", "progress") if key not in dict_of(state)]
+    if missing or not {"step", "total_steps"} <= dict_of(state["progress"]).keys():
+        raise CheckpointError(f"checkpoint {folder}: {STATE} has no {missing[0] if missing else 'step in progress'}")
     return state
 
 
@@ -221,15 +225,14 @@ def resume(
     """
     load_weights(model, folder)
     state = load_state(folder)
-    progress: dict[str, Any] = state["progress"]
     if state["optimizer"] is None:
         raise CheckpointError(
             f"checkpoint {folder} holds a model and no training to go on with; "
             f"start another run from it with model.weights {Path(folder) / MODEL}"
         )
-    then, now = (
-        [g.get("param_names") for g in o["param_groups"]] for o in (state["optimizer"], optimizer.state_dict())
-    )
+    groups = dict_of(state["optimizer"]).get("param_groups")
+    then = [dict_of(group).get("param_names") for group in groups] if isinstance(groups, list) else None
+    now = [group.get("param_names") for group in optimizer.state_dict()["param_groups"]]
     if then != now:
         raise CheckpointError(
             f"checkpoint {folder}: other parameters trained then than now; "
@@ -241,16 +244,25 @@ def resume(
             f"checkpoint {folder} was trained with{'out' if averaged is None else ''} a moving average of its weights; "
             "resume with the train.ema_decay of its config.json"
         )
-    if ema is not None:
-        ema.load_state_dict(averaged)
-    optimizer.load_state_dict(state["optimizer"])
-    if progress["total_steps"] == total_steps:
-        scheduler.load_state_dict(state["scheduler"])
-    scheduler.step_update(progress["step"])
-    if scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
-    set_rng_state(state["rng"])
-    return progress
+    try:
+        if ema is not None:
+            ema.load_state_dict(dict_of(averaged))
+        optimizer.load_state_dict(state["optimizer"])
+        if state["progress"]["total_steps"] == total_steps:
+            scheduler.load_state_dict(state["scheduler"])
+        scheduler.step_update(state["progress"]["step"])
+        if scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        set_rng_state(state["rng"])
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        # whole by its checksum, and yet not what this version writes
+        raise CheckpointError(f"checkpoint {folder}: {STATE} does not fit this run ({one_line(error)})") from None
+    return dict_of(state["progress"])
+
+
+def dict_of(value: Any) -> dict[str, Any]:
+    """``value`` if it is a dict, else an empty one: of content that nobody vouches for."""
+    return value if isinstance(value, dict) else {}
 
 
 def _is_whole(folder: Path) -> bool:

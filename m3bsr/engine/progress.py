@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,13 @@ class Saver:
         )
         self.last_good = folder
         say(f"going on from {folder} after step {saved['step']}")
-        progress = Progress(**{**saved, "total_steps": total_steps})
+        try:
+            progress = Progress(**{**saved, "total_steps": total_steps})
+        except TypeError:
+            newer = sorted(set(saved) - {f.name for f in fields(Progress)})
+            raise checkpoint.CheckpointError(
+                f"checkpoint {folder}: unknown progress {newer}; use a newer m3bsr"
+            ) from None
         if folder.name != "last":  # a crash between two writes: `best` or a half-renamed folder is ahead of `last`
             self.save("last", progress)
         checkpoint.tidy(self.folder)

@@ -10,13 +10,15 @@ from typing import Any, Literal, get_args
 
 from m3bsr.utils.checks import check_fields, did_you_mean, tuples
 
-Fuse = Literal["sum", "mean", "none"]
+Fuse = Literal["sum", "mean", "none", "merge"]
+DropFrom = Literal["both", "backward"]
 ScoreSource = Literal["frozen", "own"]
 Schedule = Literal["constant", "cosine"]
-Restore = Literal["bypass", "adapt", "interpolate", "transfer"]
+Restore = Literal["bypass", "adapt", "interpolate", "transfer", "unmerge"]
 Recompute = Literal["none", "cheap", "frozen", "both", "all"]
 ActivationDtype = Literal["same", "bf16", "int8"]
 FUSE: tuple[str, ...] = get_args(Fuse)
+DROP_FROM: tuple[str, ...] = get_args(DropFrom)
 SCORE_SOURCE: tuple[str, ...] = get_args(ScoreSource)
 SCHEDULE: tuple[str, ...] = get_args(Schedule)
 RESTORE: tuple[str, ...] = get_args(Restore)
@@ -40,8 +42,17 @@ class Plan:
     """Blocks that drop tokens between their attention and their MLP; never the last one."""
     keep_rate: float | tuple[float, ...] = 1.0
     """Share of tokens that a drop keeps, in (0, 1]: one number, or one per drop block."""
+    select: str = "score"
+    """Which tokens a drop keeps (a name in m3bsr.bsr.SELECTORS): score (of attention), cover, spread, random (each part
+    of the image keeps some), similar (those without a near-double)."""
+    drop_from: DropFrom = "both"
+    """What dropped tokens leave: "both" passes, or the "backward" pass only: they go on without gradients, nothing of
+    them is stored, and every task and evaluation sees all tokens (fuse and restore are without meaning then)."""
     fuse: Fuse = "sum"
-    """What becomes of dropped tokens: one token weighted by raw scores, or by normalised ones, or nothing."""
+    """What becomes of dropped tokens: one token weighted by raw scores ("sum"), or by normalised ones ("mean"), nothing
+    ("none"), or each is averaged into the kept token most like it by key ("merge", as in ToMe)."""
+    proportional: bool = False
+    """Merged tokens weigh in attention by the number of patches that they stand for."""
     score_source: ScoreSource = "frozen"
     """Whose attention scores the tokens: the nearest frozen block, or the dropping block itself."""
     schedule: Schedule = "constant"
@@ -75,6 +86,8 @@ class Plan:
             raise ValueError(f"bsr.schedule_steps must not be negative, got {self.schedule_steps}")
         if not 0 <= self.prune_rate < 1:
             raise ValueError(f"bsr.prune_rate must lie in [0, 1), got {self.prune_rate!r}")
+        if self.proportional and self.merging != "merge":
+            raise ValueError('bsr.proportional needs merged tokens: bsr.fuse "merge" and bsr.drop_from "both"')
         if self.restore_before is not None and self.restore_before < 0:
             raise ValueError(f"bsr.restore_before must not be negative, got {self.restore_before}")
         if self.restore_before is not None and any(block >= self.restore_before for block in self.drop_blocks):
@@ -117,6 +130,11 @@ class Plan:
         rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,) * len(self.drop_blocks)
         return dict(zip(self.drop_blocks, rates, strict=True))
 
+    @property
+    def merging(self) -> Fuse:
+        """``fuse`` where dropped tokens leave the forward pass, else ``"none"``."""
+        return self.fuse if self.drop_from == "both" else "none"
+
     def keep_rate_at(self, block: int, step: int | None = None, *, training: bool = True) -> float:
         """Keep rate of a drop block at a training step; ``None``: the final one (EViT's schedule, without warm-up).
 
@@ -124,6 +142,8 @@ class Plan:
         """
         final = self.keep_rates[block]
         if not training:
+            if self.drop_from == "backward":
+                return 1.0
             return final if self.eval_keep_rate is None else self.eval_keep_rate
         if step is None or self.schedule == "constant" or step >= self.schedule_steps:
             return final

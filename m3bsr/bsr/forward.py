@@ -14,11 +14,13 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from m3bsr.bsr.attention import Attended, attend, check_attention
+from m3bsr.bsr.attention import Attended, ScoreKind, attend, check_attention
 from m3bsr.bsr.restore import restore
+from m3bsr.bsr.selectors import SELECTORS
 from m3bsr.bsr.storage import Packer, Run, Storage, call, choose_storage, lean_mlp, lean_qkv
 from m3bsr.bsr.tokens import TokenState, drop
 from m3bsr.plan import Plan
+from m3bsr.utils.lookup import lookup
 
 RunMLP = Callable[[int, nn.Module, Tensor, Tensor | None], Tensor]
 Fork = Callable[[int, TokenState], TokenState]
@@ -53,10 +55,11 @@ def block_roles(plan: Plan, depth: int) -> BlockRoles:
     """Work out which blocks train and which score.
 
     Raises:
-        ValueError: a block out of range, the last block dropping, or (``score_source="frozen"``) a trained drop block
-            without a frozen block before it.
+        ValueError: a block out of range, the last block dropping, an unknown selector, or (``score_source="frozen"``) a
+            trained drop block without a frozen block before it.
     """
     plan.validate_depth(depth)
+    lookup(SELECTORS, plan.select, "bsr.select")
     trained = tuple(plan.train_blocks == "all" or i in plan.train_blocks for i in range(depth))
     score_of = {}
     for block in plan.drop_blocks:
@@ -83,6 +86,7 @@ def run_blocks(
     grid: tuple[int, int],
     has_class_token: bool,
     restorable: bool = False,
+    training: bool = False,
     adapters: nn.ModuleDict | None = None,
     run_mlp: RunMLP = plain_mlp,
     fork: Fork = no_fork,
@@ -96,29 +100,49 @@ def run_blocks(
         keep_rates: keep rate of each drop block at this step (see ``Plan.keep_rate_at``).
         grid: patches per column and row, for restoring.
         restorable: record dropped features.
+        training: whether the choice of tokens may be random.
         run_mlp: called for the MLP of each block, so that a MoE layer can be told its tasks.
         fork: called right before each MLP; may multiply the batch (one copy per task).
         want_before: blocks whose ``run_mlp`` is also given the tokens as they entered the block, before attention
             (those that are still there, fused with the same weights as the tokens themselves).
     """
-    packer = Packer.of(plan)
+    packer, selector = Packer.of(plan), SELECTORS[plan.select]
     for i, block in enumerate(blocks):
         if i == plan.restore_before:
             state = restore(state, plan.restore, grid, adapters)
         if not isinstance(block, Block):
             if i in roles.score_of or roles.scores(i):
                 raise ValueError(f"block {i} is a {type(block).__name__}; only timm's Block can drop or score tokens")
+            if state.aside_BRD is not None:
+                raise ValueError(
+                    f"block {i} is a {type(block).__name__}; behind a drop from the backward pass only timm's Block can run"
+                )
             state = replace(state, x_BND=block(state.x_BND))
             continue
         with_graph = i >= roles.first_trained and torch.is_grad_enabled()
         store = choose_storage(plan, packer, block, roles.trained[i]) if with_graph else Storage()
-        needs_keys = restorable and plan.restore == "transfer" and i in roles.score_of
-        kind = "none" if not roles.scores(i) else ("class_row" if has_class_token else "received")
+        needs_keys = i in roles.score_of and needs_match(plan, restorable)
+        kind: ScoreKind = "none" if not roles.scores(i) else ("class_row" if has_class_token else "received")
 
         attended: Attended = store.attention(
-            _attention_half, block, i, state.x_BND, kind, state.num_prefix, needs_keys, store.stretch
+            _attention_half,
+            block,
+            i,
+            state.x_BND,
+            kind,
+            state.num_prefix,
+            needs_keys or (i in roles.score_of and selector.needs_keys),
+            store.stretch,
+            state.aside_BRD,
+            state.token_sizes() if plan.proportional else None,
         )
-        state = replace(state, x_BND=attended.x_BND, before_BND=state.x_BND if i in want_before else None)
+        state = replace(
+            state,
+            x_BND=attended.x_BND,
+            aside_BRD=attended.aside_BRD,
+            before_BND=state.x_BND if i in want_before else None,
+            aside_before_BRD=state.aside_BRD if i in want_before else None,
+        )
         scores, keys = (_ordinary(t, state) for t in (attended.scores_BM, attended.keys_BMd))
         if scores is not None and plan.score_source == "frozen":
             scores = scores.detach()
@@ -126,28 +150,75 @@ def run_blocks(
         if i in roles.score_of:
             used = state.scores_BM if plan.score_source == "frozen" else scores
             assert used is not None
-            dropping = partial(drop, keep_rate=keep_rates[i], fuse=plan.fuse, restorable=restorable, keys_BMd=keys)
+            dropping = partial(
+                drop,
+                keep_rate=keep_rates[i],
+                fuse=plan.merging,
+                rank=selector.rank,
+                grid=grid,
+                restorable=restorable,
+                keys_BMd=keys,
+                aside=plan.drop_from == "backward",
+                training=training,
+            )
             state = store.drop(_drop, block, i, state.x_BND, partial(dropping, state, used))
         state = fork(i, state)
+        if state.aside_BRD is not None:  # first, so that what run_mlp remembers is of the tokens that learn
+            with torch.no_grad():
+                aside = _mlp_half(block, i, state.aside_BRD, state.aside_before_BRD, run_mlp, call)
+            state = replace(state, aside_BRD=aside, aside_before_BRD=None)
         # No name for the result: it would keep these tokens alive while the next block runs.
         state = replace(
             state,
             x_BND=store.mlp(_mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch),
             before_BND=None,
         )
+    if plan.drop_from == "backward" and state.stages:  # nothing has left the forward pass
+        state = restore(state, plan.restore, grid)
     return state
 
 
+def needs_match(plan: Plan, restorable: bool) -> bool:
+    """Whether a drop looks for the most similar kept token of every dropped one."""
+    if plan.drop_from == "backward":
+        return False
+    return plan.fuse == "merge" or (restorable and plan.restore in ("transfer", "unmerge"))
+
+
 def _attention_half(
-    block: Block, index: int, x_BND: Tensor, kind, num_prefix: int, want_keys: bool, stretch: Run
+    block: Block,
+    index: int,
+    x_BND: Tensor,
+    kind: ScoreKind,
+    num_prefix: int,
+    want_keys: bool,
+    stretch: Run,
+    aside_BRD: Tensor | None,
+    size_BN: Tensor | None,
 ) -> Attended:
-    if kind == "none" and not want_keys and not hasattr(block.attn, "head_dim"):
+    plain = kind == "none" and not want_keys and aside_BRD is None and size_BN is None
+    if plain and not hasattr(block.attn, "head_dim"):
         return Attended(x_BND + block.drop_path1(block.ls1(block.attn(block.norm1(x_BND)))), None, None)
     attn = check_attention(block.attn, index)
     lean = stretch is not call and getattr(attn, "gate", None) is None  # a gate reads the normalised tokens again
     normed, qkv = (None, lean_qkv(block, x_BND, stretch)) if lean else (block.norm1(x_BND), None)
-    attended = attend(attn, normed, qkv_BNC=qkv, score=kind, num_prefix=num_prefix, want_keys=want_keys)
-    return attended._replace(x_BND=x_BND + block.drop_path1(block.ls1(attended.x_BND)))
+    with torch.no_grad():
+        normed_aside = None if aside_BRD is None else block.norm1(aside_BRD)
+    attended = attend(
+        attn,
+        normed,
+        qkv_BNC=qkv,
+        score=kind,
+        num_prefix=num_prefix,
+        want_keys=want_keys,
+        aside_BRD=normed_aside,
+        size_BN=size_BN,
+    )
+    aside = attended.aside_BRD
+    if aside_BRD is not None and aside is not None:
+        with torch.no_grad():
+            aside = aside_BRD + block.drop_path1(block.ls1(aside))
+    return attended._replace(x_BND=x_BND + block.drop_path1(block.ls1(attended.x_BND)), aside_BRD=aside)
 
 
 def _drop(block: Block, index: int, x_BND: Tensor, dropping: Callable[..., TokenState]) -> TokenState:

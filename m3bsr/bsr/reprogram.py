@@ -34,12 +34,13 @@ class Report:
     def __str__(self) -> str:
         count = self.parameters
         share = count.trained / max(1, count.total)
+        of = "of the backward pass " if self.plan.drop_from == "backward" else ""
         return "\n".join(
             (
                 f"{self.name}: {count.trained:,} of {count.total:,} parameters train ({share:.1%}), "
                 f"{count.frozen:,} frozen",
                 f"trained blocks: {_numbers(self.plan.train_blocks)}, drop blocks: {_numbers(self.plan.drop_blocks)}",
-                f"tokens after each block: {_numbers(self.tokens_after_block)}",
+                f"tokens {of}after each block: {_numbers(self.tokens_after_block)}",
             )
         )
 
@@ -49,7 +50,8 @@ def _numbers(values: tuple[int, ...] | str) -> str:
 
 
 def token_counts(plan: Plan, num_patches: int, num_prefix: int, depth: int) -> tuple[int, ...]:
-    """Tokens after each block at the plan's final keep rates, prefix and fused tokens included."""
+    """Tokens after each block at the plan's final keep rates, prefix and fused tokens included; those that are left in
+    the backward pass where only that one drops."""
     ordinary, protected, counts = num_patches, 0, []
     for block in range(depth):
         if block == plan.restore_before:
@@ -57,8 +59,8 @@ def token_counts(plan: Plan, num_patches: int, num_prefix: int, depth: int) -> t
         if block in plan.drop_blocks:
             kept = num_kept(plan.keep_rates[block], ordinary)
             if kept < ordinary:
-                ordinary = kept + (plan.fuse == "sum")
-                protected += plan.fuse == "mean"
+                ordinary = kept + (plan.merging == "sum")
+                protected += plan.merging == "mean"
         counts.append(num_prefix + ordinary + protected)
     return tuple(counts)
 
@@ -114,6 +116,7 @@ class ReprogrammedMixin(VisionTransformer):
             grid=grid,
             has_class_token=self.has_class_token,
             restorable=restorable or self.plan.restore_before is not None,
+            training=self.training,
             adapters=getattr(self, "bsr_adapters", None),
             run_mlp=run_mlp,
             fork=fork,

@@ -1,12 +1,15 @@
 """Putting dropped tokens back where they came from, for dense tasks.
 
-Stages are undone from the last to the first, so each step sees exactly the token list that its drop saw. Four ways to
+Stages are undone from the last to the first, so each step sees exactly the token list that its drop saw. Five ways to
 give a dropped token its features (``Plan.restore``):
 
 - ``bypass``: those that it had when it was dropped;
 - ``adapt``: the same through a learned per-channel affine map of its stage, the identity at the start;
 - ``interpolate``: the mean of the nearest kept patches, weighted by inverse squared distance in the image;
-- ``transfer``: those that it had, plus what its most similar kept token (by key) has gained since.
+- ``transfer``: those that it had, plus what its most similar kept token (by key) has gained since;
+- ``unmerge``: those of its most similar kept token.
+
+Tokens that left the backward pass only are still there: they go back to their places as they are, whatever the way.
 
 Shapes: B images, M ordinary tokens before the drop, K kept, R dropped, D channels.
 """
@@ -40,13 +43,14 @@ def restore(state: TokenState, mode: str, grid: tuple[int, int], adapters: nn.Mo
 
     Args:
         state: after the blocks; its stages must have been recorded with ``restorable=True``.
-        mode: ``bypass``, ``adapt``, ``interpolate`` or ``transfer``.
+        mode: ``bypass``, ``adapt``, ``interpolate``, ``transfer`` or ``unmerge``.
         grid: patches per column and row ``(h, w)``.
         adapters: one :class:`StageAffine` per drop block, keyed by its number (``adapt`` only).
     """
-    lean = [replace(stage, x_drop_BRD=None, x_keep_BKD=None, match_BR=None) for stage in state.stages]
+    lean = [replace(stage, x_drop_BRD=None, x_keep_BKD=None) for stage in state.stages]
     for stage in reversed(state.stages):
-        adapter = adapters[str(stage.block)] if mode == "adapt" and adapters is not None else None
+        adapts = mode == "adapt" and adapters is not None and not stage.aside
+        adapter = adapters[str(stage.block)] if adapts and adapters is not None else None
         state = undo(state, stage, mode, grid, adapter)
     return replace(state, stages=(), undone=(*state.undone, *lean), scores_BM=None)
 
@@ -59,18 +63,32 @@ def undo(
     skip = 1 if stage.fuse == "sum" else 0
     prefix, kept = state.x_BND[:, :P], state.x_BND[:, P : P + K]
     protected = state.x_BND[:, P + K + skip : P + K + skip + Q]
-    dropped = _features_of_dropped(stage, kept, mode, grid)
+    aside = state.aside_BRD
+    if stage.aside:
+        assert aside is not None
+        left = aside.shape[1] - stage.drop_idx_BR.shape[1]
+        dropped, aside = aside[:, left:], aside[:, :left] if left else None
+    else:
+        dropped = _features_of_dropped(stage, kept, mode, grid)
     if adapter is not None:
         dropped = adapter(dropped)
     # kept and dropped indices together are a permutation of the M places: its inverse puts each token back.
     place_BM = torch.cat([stage.keep_idx_BK, stage.drop_idx_BR], dim=1).argsort(dim=1)
     ordinary = take(torch.cat([kept, dropped.to(kept.dtype)], dim=1), place_BM)
     return replace(
-        state, x_BND=torch.cat([prefix, ordinary, protected], dim=1), patch_BM=stage.patch_BM, num_protected=Q
+        state,
+        x_BND=torch.cat([prefix, ordinary, protected], dim=1),
+        patch_BM=stage.patch_BM,
+        num_protected=Q,
+        size_BM=stage.size_BM,
+        aside_BRD=aside,
     )
 
 
 def _features_of_dropped(stage: DropStage, kept_BKD: Tensor, mode: str, grid: tuple[int, int]) -> Tensor:
+    if mode == "unmerge":
+        assert stage.match_BR is not None
+        return take(kept_BKD, stage.match_BR)
     assert stage.x_drop_BRD is not None, "the drop was not recorded as restorable"
     if mode in ("bypass", "adapt"):
         return stage.x_drop_BRD

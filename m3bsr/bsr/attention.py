@@ -106,8 +106,8 @@ def attend(
     if aside_BRD is not None:
         with torch.no_grad():
             q_aside, k_aside, v_aside = _heads(attn, attn.qkv(aside_BRD))
-        # A copy of the queries: autograd would keep all of qkv for a view, and keys and values are copied below.
-        q, k, v = q.contiguous(), torch.cat([k, k_aside], dim=2), torch.cat([v, v_aside], dim=2)
+        # A copy of the queries, too: autograd would keep all of qkv for a view.
+        q, k, v = _joined(q), _joined(k, k_aside), _joined(v, v_aside)
         all_q = torch.cat([q, q_aside], dim=2) if score == "received" else q
     out_BND = _project(attn, _weigh(attn, q, k, v, bias), x_BND)
     if q_aside is not None:
@@ -126,6 +126,12 @@ def _heads(attn: Attention, qkv_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, N, _ = qkv_BNC.shape
     q, k, v = qkv_BNC.reshape(B, N, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     return attn.q_norm(q), attn.k_norm(k), v
+
+
+def _joined(*parts_BHNd: Tensor) -> Tensor:
+    """A copy ``[B, H, N, d]`` with one list of tokens behind the other; in memory the heads of a token are neighbours, as
+    in ``qkv``, so that merging them is a view."""
+    return torch.cat([part.transpose(1, 2) for part in parts_BHNd], dim=1).transpose(1, 2)
 
 
 def _weigh(attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias_B11N: Tensor | None) -> Tensor:

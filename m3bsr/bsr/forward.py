@@ -144,6 +144,7 @@ def run_blocks(
             aside_before_BRD=state.aside_BRD if i in want_before else None,
         )
         scores, keys = (_ordinary(t, state) for t in (attended.scores_BM, attended.keys_BMd))
+        del attended  # its tokens aside would outlive the MLP
         if scores is not None and plan.score_source == "frozen":
             scores = scores.detach()
             state = replace(state, scores_BM=scores)
@@ -165,8 +166,11 @@ def run_blocks(
         state = fork(i, state)
         if state.aside_BRD is not None:  # first, so that what run_mlp remembers is of the tokens that learn
             with torch.no_grad():
-                aside = _mlp_half(block, i, state.aside_BRD, state.aside_before_BRD, run_mlp, call)
-            state = replace(state, aside_BRD=aside, aside_before_BRD=None)
+                state = replace(
+                    state,
+                    aside_BRD=_mlp_half(block, i, state.aside_BRD, state.aside_before_BRD, run_mlp, call),
+                    aside_before_BRD=None,
+                )
         # No name for the result: it would keep these tokens alive while the next block runs.
         state = replace(
             state,

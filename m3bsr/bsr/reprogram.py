@@ -65,6 +65,13 @@ def token_counts(plan: Plan, num_patches: int, num_prefix: int, depth: int) -> t
     return tuple(counts)
 
 
+def tokens_left(plan: Plan, num_patches: int, num_prefix: int, depth: int) -> int:
+    """Tokens behind the last block, nothing restored: all where drops leave the backward pass only."""
+    if plan.drop_from == "backward":
+        return num_prefix + num_patches
+    return token_counts(plan, num_patches, num_prefix, depth)[-1]
+
+
 class ReprogrammedMixin(VisionTransformer):
     """What a reprogrammed model can do beyond timm's; put before the model's own class."""
 

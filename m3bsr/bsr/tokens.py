@@ -193,7 +193,7 @@ def drop(
         rank(Candidates(detached, state.patch_BM, K, grid or (1, M), keys_BMd, training)).detach(), K
     )
     weight = take(scores_BM, drop_idx)
-    match = None if keys_BMd is None else most_similar(take(keys_BMd, drop_idx), take(keys_BMd, keep_idx))
+    match = None if keys_BMd is None or aside else most_similar(take(keys_BMd, drop_idx), take(keys_BMd, keep_idx))
     size = state.size_BM
     if fuse == "merge" and size is None:
         size = scores_BM.new_ones(scores_BM.shape, dtype=torch.float32)

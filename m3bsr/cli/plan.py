@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3bsr.bsr import token_counts
+from m3bsr.bsr import tokens_left
 from m3bsr.build import build_model, build_optimizer, build_tasks
 from m3bsr.cli.common import one_line_errors, pick_device
 from m3bsr.cli.measure_cost import measure
@@ -159,7 +159,7 @@ class PredictedCosts:
         parts, shape = self._parts(plan), self.shape
         behind = self._behind
         if not self.dense:  # a classifier gets the tokens that are left
-            left = token_counts(plan, shape.num_patches, shape.num_prefix, shape.depth)[-1]
+            left = tokens_left(plan, shape.num_patches, shape.num_prefix, shape.depth)
             share = left / (shape.num_prefix + shape.num_patches)
             stored, forward, backward = (round(share * part) for part in behind[:3])
             behind = Stage(stored, forward, backward, *behind[3:])

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from m3bsr.bsr.forward import BlockRoles, block_roles
-from m3bsr.bsr.reprogram import token_counts
+from m3bsr.bsr.forward import BlockRoles, block_roles, needs_match
+from m3bsr.bsr.reprogram import token_counts, tokens_left
+from m3bsr.bsr.selectors import SELECTORS
 from m3bsr.bsr.tokens import num_kept
 from m3bsr.bsr.trainable import HEAD_PATHS
 from m3bsr.cost.information import vit_of
@@ -136,20 +137,22 @@ def backbone_parts(
             # nothing is frozen before the first trained block, so there the grid comes back without a graph
             parts.append((f"restore before {i}", _restore(shape, plan, rows, i > roles.first_trained)))
             num_tokens = whole
+        aside = whole - num_tokens if plan.drop_from == "backward" else 0
         role = Role(graph, roles.trained[i], plan.recompute, num_trained_experts=experts.get(i))
         scoring = roles.scores(i)
-        own = scoring and graph and plan.score_source == "own" and plan.fuse != "none"
+        own = scoring and graph and plan.score_source == "own" and plan.merging in ("sum", "mean")
         part = attention_half(
-            block, rows, num_tokens, role._replace(scores=kind if scoring else "none", own_scores=own), size
+            block, rows, num_tokens, role._replace(scores=kind if scoring else "none", own_scores=own), size, aside
         )
         parts.append((f"blocks.{i}.attn", part))
         if i in plan.drop_blocks:
             parts.append((f"blocks.{i}.drop", _drop(shape, plan, rows, i, num_tokens, graph, own, restored, size)))
             num_tokens = tokens[i]
+            aside = whole - num_tokens if plan.drop_from == "backward" else 0
         if i == shape.fork_at:
             rows *= shape.num_tasks
-        parts.append((f"blocks.{i}.mlp", mlp_half(block, rows, num_tokens, role, size)))
-    if restored and plan.drop_blocks and plan.restore_before is None:
+        parts.append((f"blocks.{i}.mlp", mlp_half(block, rows, num_tokens, role, size, aside)))
+    if (restored or plan.drop_from == "backward") and plan.drop_blocks and plan.restore_before is None:
         parts.append(("restore", _restore(shape, plan, rows, roles.first_trained < shape.depth)))
     return parts
 
@@ -182,16 +185,26 @@ def _drop(
     size: Bytes,
 ) -> Stage:
     """Kept and dropped tokens gathered by index; with "own" scores the dropped ones are stored for the scores."""
+    inner, heads = shape.blocks[block].inner, shape.blocks[block].heads
     ordinary = num_tokens - shape.num_prefix
     kept = num_kept(plan.keep_rates[block], ordinary)
     moved = FLOAT * rows * ordinary * shape.dim
     dropped = rows * (ordinary - kept)
     stored = rows * ordinary * INDEX + (dropped * (size.act * shape.dim + FLOAT) if own else 0) if graph else 0
     held = rows * ordinary * (INDEX + FLOAT)
-    if restored:
-        held += moved if plan.restore == "transfer" else FLOAT * dropped * shape.dim
+    matches, by_key = needs_match(plan, restored), SELECTORS[plan.select].needs_keys
+    if plan.drop_from == "backward":
+        held += FLOAT * dropped * shape.dim
+    elif restored:
+        held += moved if matches or by_key else FLOAT * dropped * shape.dim
+    if graph and plan.merging == "merge":  # shares of the mean, and what goes where
+        stored += rows * ordinary * FLOAT + dropped * INDEX
+    # keys are compared between dropped and kept tokens, and between all
+    macs = dropped * kept * (inner // heads) if matches or (by_key and plan.drop_from == "both") else 0
+    macs += rows * ordinary * ordinary * (inner // heads) if by_key else 0
     # before and behind the drop; backward: a gradient of the whole list for kept and for dropped tokens
-    return Stage(round(stored), round(stored + 3 * moved), round(stored + 3 * moved) if graph else 0, held=held)
+    peak = round(stored + 3 * moved)
+    return Stage(round(stored), peak, peak if graph else 0, forward_macs=macs, held=held)
 
 
 def _restore(shape: BackboneShape, plan: Plan, rows: int, graph: bool) -> Stage:
@@ -351,9 +364,9 @@ def predict_step(
     shape = backbone_shape(vit, math.prod(vit.patch_embed.dynamic_feat_size((height, width))), num_tasks)
     parts = backbone_parts(shape, plan, batch_size, restored=restored, precision=precision)
     whole = shape.num_prefix + shape.num_patches
-    counts = token_counts(plan, shape.num_patches, shape.num_prefix, shape.depth)
+    left = tokens_left(plan, shape.num_patches, shape.num_prefix, shape.depth)
     rows = batch_size * (shape.num_tasks if shape.fork_at is not None else 1)
-    features = (rows, whole if restored else counts[-1], shape.dim)
+    features = (rows, whole if restored else left, shape.dim)
     graph = block_roles(plan, shape.depth).first_trained < shape.depth
     autocast = precision is not None and precision.autocast
     parts.append(("behind", trace_behind(model, behind or _classifier, features, graph, autocast)))

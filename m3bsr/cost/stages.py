@@ -15,7 +15,8 @@ MoE, k experts of width m   D + 2, k (m + D), gate                              
 A block before the first trained one has no graph and stores nothing. ``Plan.recompute`` takes terms away: "cheap" the
 trained column and the LayerNorm statistics of trained blocks, and of frozen MLPs all but their input; "frozen" all but
 the input of both halves of frozen blocks, "all" the same of every block. ``activation_dtype`` and ``prune_rate`` change
-the bytes an element takes. Under autocast everything but x, statistics and gradients of parameters has two bytes, and
+the bytes an element takes. Tokens aside (``Plan.drop_from``) are run without a graph; of them attention stores keys and
+values, ``2A``, and what learns attends to them all: N counts both. Under autocast everything but x, statistics and gradients of parameters has two bytes, and
 every Linear of the graph stores a copy of its weight.
 
 Multiply-accumulates a token: qkv and proj ``4 D A``, attention ``2 N A`` forward, ``5 N A`` backward (fused attention
@@ -167,57 +168,68 @@ def _num_params(*modules: Any) -> int:
 
 
 @cache
-def attention_half(shape: BlockShape, rows: int, tokens: int, role: Role, size: Bytes) -> Stage:
-    """``x + attn(norm1(x))`` on ``rows`` images of ``tokens`` tokens."""
-    s, n, w = shape, rows * tokens, size.work
-    D, A, h = s.dim, s.inner, s.heads
-    scoring = {"none": 0, "class_row": n * A * h, "received": n * tokens * A}[role.scores]
-    forward = n * (4 * D * A + 2 * tokens * A) + scoring
+def attention_half(shape: BlockShape, rows: int, tokens: int, role: Role, size: Bytes, aside: int = 0) -> Stage:
+    """``x + attn(norm1(x))`` on ``rows`` images of ``tokens`` tokens, and of ``aside`` tokens without a graph."""
+    s, n, a, w = shape, rows * tokens, rows * aside, size.work
+    D, A, h, keys = s.dim, s.inner, s.heads, tokens + aside
+    scoring = {"none": 0, "class_row": (n + a) * A * h, "received": (n + a) * keys * A}[role.scores]
+    of_aside = a * (4 * D * A + 2 * keys * A)
+    forward = n * (4 * D * A + 2 * keys * A) + of_aside + scoring
     normed = D * (FLOAT if w == FLOAT else FLOAT + w)
     # some rows of the attention matrix at a time, before and behind softmax; queries and keys in order
     chunk = (
-        FLOAT * (rows * min(tokens, RECEIVED_CHUNK) * tokens * h * 2 + 2 * n * A) if role.scores == "received" else 0
+        FLOAT * (rows * min(keys, RECEIVED_CHUNK) * keys * h * 2 + 2 * (n + a) * A) if role.scores == "received" else 0
     )
+    # x, its norm, q, k, v, their result, what proj makes of it
+    without_graph = FLOAT * D + normed + w * (4 * A + D)
     if not role.graph:
-        # x, its norm, q, k, v, their result, what proj makes of it
-        return Stage(0, n * (FLOAT * D + normed + w * (4 * A + D)) + chunk, 0, 0, forward, 0)
+        return Stage(0, (n + a) * without_graph + chunk, 0, 0, forward, 0)
 
-    written_out = tokens <= size.written_out
+    written_out = keys <= size.written_out
     # written out: scaled queries, copies of keys and values (of a single image views, which keep q, too), softmax
     attention = (
-        size.act * (3 * A + (A if rows == 1 else 0) + h * tokens) if written_out else size.act * 4 * A + FLOAT * h
+        size.act * (3 * A + (A if rows == 1 else 0) + h * keys) if written_out else size.act * 4 * A + FLOAT * h
     )
     if s.qk_norm:
         attention += size.act * 2 * A + FLOAT * 4 * h
+    # keys and values of both kinds lie in tensors of their own; with norms q, k and v stay, too
+    keys_aside = size.act * (2 * A * a + (n * A if s.qk_norm else 0)) if aside else 0
     weights = 4 * D * A * w if w < FLOAT else 0
     again = recomputed = 0.0
     if role.trained and role.recompute in ("cheap", "both"):
-        stored = n * (size.x_again * D + attention) + weights / 4
+        stored = n * (size.x_again * D + attention) + keys_aside + weights / 4
     else:
         stored = n * (size.x * D + 2 * FLOAT + attention + (size.inputs * D if role.trained else 0)) + weights
+        stored += keys_aside
     if role.trained:
         separate = written_out or s.qk_norm  # the input of proj is a copy of attention's result
         stored += n * ((size.act * D if s.layer_scale else 0) + (size.inputs * A if separate else 0))
     if role.whole:
-        stored, recomputed = n * size.x_again * D, stored - n * size.x * D
+        stored, recomputed = n * size.x_again * D + FLOAT * a * D, stored - n * size.x * D
         # up to the last tensor that is stored: proj only where one comes behind it
-        again = n * (3 * D * A + 2 * tokens * A) + scoring
-        again += n * D * A if scoring or s.layer_scale or s.drop_path else 0
+        again = n * (3 * D * A + 2 * keys * A) + a * 3 * D * A + scoring
+        if scoring or s.layer_scale or s.drop_path:
+            again += n * D * A + (of_aside - a * 3 * D * A if scoring else 0)
     if role.own_scores:
         # block-diagonal query, softmax over the tokens
-        stored += FLOAT * (rows * A * h + n * h) if role.scores == "class_row" else FLOAT * n * (2 * A + h * tokens)
+        stored += (
+            FLOAT * (rows * A * h + (n + a) * h)
+            if role.scores == "class_row"
+            else FLOAT * (n + a) * (2 * A + h * keys)
+        )
     linear = n * 4 * D * A
-    backward = linear + n * tokens * A * (4 if written_out else 5) + again + (linear if role.trained else 0)
+    backward = linear + n * keys * A * (4 if written_out else 5) + again + (linear if role.trained else 0)
     backward += 2 * scoring if role.own_scores else 0
     # gradients of the residual stream, of attention's result, and of q, k and v; packed tensors unpacked, q, k, v each
     # as the whole that they are views of
-    working = n * (FLOAT * D + w * 4 * A + (w * 10 * A if size.packed else 0))
+    working = n * (FLOAT * D + w * 4 * A + (w * 10 * A if size.packed else 0)) + a * w * 4 * A
     if written_out:
-        working += n * w * 2 * h * tokens
+        working += n * w * 2 * h * keys
     gradient = FLOAT * s.attention_params if role.trained else 0
+    in_flight = n * (normed + w * D if not role.trained else 2 * FLOAT * D) + recomputed + chunk
     return Stage(
         round(stored),
-        round(stored + n * (normed + w * D if not role.trained else 2 * FLOAT * D) + recomputed + chunk),
+        round(stored + in_flight + a * (without_graph - FLOAT * D)),
         round(stored + recomputed + working + (FLOAT * A * D if role.trained else 0)),
         gradient,
         forward,
@@ -226,8 +238,13 @@ def attention_half(shape: BlockShape, rows: int, tokens: int, role: Role, size: 
 
 
 @cache
-def mlp_half(shape: BlockShape, rows: int, tokens: int, role: Role, size: Bytes) -> Stage:
-    """``x + mlp(norm2(x))`` on ``rows`` images of ``tokens`` tokens."""
+def mlp_half(shape: BlockShape, rows: int, tokens: int, role: Role, size: Bytes, aside: int = 0) -> Stage:
+    """``x + mlp(norm2(x))`` on ``rows`` images of ``tokens`` tokens, and before them of ``aside`` without a graph."""
+    if aside:
+        first = mlp_half(shape, rows, aside, Role(graph=False, trained=False), size)
+        then = mlp_half(shape, rows, tokens, role, size)
+        peak = max(then.forward_peak, first.forward_peak - FLOAT * rows * aside * shape.dim)
+        return then._replace(forward_peak=peak, forward_macs=then.forward_macs + first.forward_macs)
     if shape.num_experts:
         return _moe_half(shape, rows * tokens, role, size)
     s, n, w = shape, rows * tokens, size.work

@@ -31,7 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from m3bsr.bsr.forward import block_roles
-from m3bsr.bsr.reprogram import ReprogrammedMixin, token_counts
+from m3bsr.bsr.reprogram import ReprogrammedMixin, tokens_left
 from m3bsr.bsr.tokens import num_kept
 from m3bsr.bsr.trainable import set_trainable
 from m3bsr.cost.flops import count_macs
@@ -236,7 +236,7 @@ class _Costs:
         """Share of a full step's MACs, and the predicted peak in bytes."""
         head, shape = self._head, self.shape
         if not self._dense:  # behind the blocks there are as many tokens as drops left
-            left = token_counts(plan, shape.num_patches, shape.num_prefix, shape.depth)[-1]
+            left = tokens_left(plan, shape.num_patches, shape.num_prefix, shape.depth)
             share = left / (shape.num_patches + shape.num_prefix)
             stored, forward, backward = (round(share * part) for part in head[:3])
             head = Stage(stored, forward, backward, head.gradient)

@@ -69,6 +69,11 @@ def check(predicted: Prediction, measured: CostReport, peak: float = 0.02, store
         BSR,
         {**BSR, "score_source": "own"},
         {**BSR, "drop_blocks": (2,), "fuse": "mean"},
+        {**BSR, "fuse": "merge", "select": "similar"},
+        {**BSR, "fuse": "merge", "proportional": True, "restore_before": 3, "restore": "unmerge"},
+        {**BSR, "drop_from": "backward", "select": "random"},
+        {**BSR, "drop_from": "backward", "drop_blocks": (0, 2), "restore_before": 3, "select": "similar"},
+        {**BSR, "restore_before": 3, "select": "cover"},
     ],
     ids=str,
 )

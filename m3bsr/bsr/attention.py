@@ -129,8 +129,8 @@ def _heads(attn: Attention, qkv_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _joined(*parts_BHNd: Tensor) -> Tensor:
-    """A copy ``[B, H, N, d]`` with one list of tokens behind the other; in memory the heads of a token are neighbours, as
-    in ``qkv``, so that merging them is a view."""
+    """A copy ``[B, H, N, d]`` with one list of tokens behind the other; in memory the heads of a token are neighbours,
+    as in ``qkv``, so that merging them is a view."""
     return torch.cat([part.transpose(1, 2) for part in parts_BHNd], dim=1).transpose(1, 2)
 
 

@@ -107,6 +107,15 @@ def run_blocks(
             (those that are still there, fused with the same weights as the tokens themselves).
     """
     packer, selector = Packer.of(plan), SELECTORS[plan.select]
+    dropping = partial(
+        drop,
+        fuse=plan.merging,
+        rank=selector.rank,
+        grid=grid,
+        restorable=restorable,
+        aside=plan.drop_from == "backward",
+        training=training,
+    )
     for i, block in enumerate(blocks):
         if i == plan.restore_before:
             state = restore(state, plan.restore, grid, adapters)
@@ -115,7 +124,8 @@ def run_blocks(
                 raise ValueError(f"block {i} is a {type(block).__name__}; only timm's Block can drop or score tokens")
             if state.aside_BRD is not None:
                 raise ValueError(
-                    f"block {i} is a {type(block).__name__}; behind a drop from the backward pass only timm's Block can run"
+                    f"block {i} is a {type(block).__name__}; "
+                    f"behind a drop from the backward pass only timm's Block can run"
                 )
             state = replace(state, x_BND=block(state.x_BND))
             continue
@@ -151,18 +161,8 @@ def run_blocks(
         if i in roles.score_of:
             used = state.scores_BM if plan.score_source == "frozen" else scores
             assert used is not None
-            dropping = partial(
-                drop,
-                keep_rate=keep_rates[i],
-                fuse=plan.merging,
-                rank=selector.rank,
-                grid=grid,
-                restorable=restorable,
-                keys_BMd=keys,
-                aside=plan.drop_from == "backward",
-                training=training,
-            )
-            state = store.drop(_drop, block, i, state.x_BND, partial(dropping, state, used))
+            now = partial(dropping, state, used, keep_rate=keep_rates[i], keys_BMd=keys)
+            state = store.drop(_drop, block, i, state.x_BND, now)
         state = fork(i, state)
         if state.aside_BRD is not None:  # first, so that what run_mlp remembers is of the tokens that learn
             with torch.no_grad():

@@ -86,7 +86,7 @@ class TokenState:
         return self.undone + self.stages
 
     def token_sizes(self) -> Tensor | None:
-        """Number of patches ``[B, N]`` that every token stands for, 1 for prefix and protected ones; ``None``: all 1."""
+        """Number of patches ``[B, N]`` that every token stands for, 1 for prefix and protected ones, or ``None``."""
         if self.size_BM is None:
             return None
         return torch.nn.functional.pad(self.size_BM, (self.num_prefix, self.num_protected), value=1.0)
@@ -214,7 +214,17 @@ def drop(
     if state.before_BND is not None:
         before, _, before_dropped = without_dropped(state.before_BND)
     stage = DropStage(
-        block, P, Q, fuse, keep_idx, drop_idx, state.patch_BM, weight.detach(), match_BR=match, size_BM=size, aside=aside
+        block,
+        P,
+        Q,
+        fuse,
+        keep_idx,
+        drop_idx,
+        state.patch_BM,
+        weight.detach(),
+        match_BR=match,
+        size_BM=size,
+        aside=aside,
     )
     if aside:
         assert fuse == "none", "tokens aside are still there"
@@ -276,8 +286,8 @@ def token_sources(stages: tuple[DropStage, ...] | list[DropStage], num_patches: 
 
     ``stages`` may be the first few only: what the tokens stood for after that drop (``stage.patch_after_BN`` tells
     which of them are fused). Rows are ordinary tokens, then protected ones; a kept patch has a single 1, a merged
-    token the mean of its patches, a fused token the scores of the patches that it stands for (multiplied along a chain of fused tokens, normalised at each link
-    when ``fuse="mean"``).
+    token the mean of its patches, a fused token the scores of the patches that it stands for (multiplied along a chain
+    of fused tokens, normalised at each link when ``fuse="mean"``).
     """
     first = stages[0].patch_BM
     eye = torch.eye(num_patches, device=first.device).expand(len(first), -1, -1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, load_weights
+from m3bsr.bsr import SELECTORS
 from m3bsr.build import build_backbone, transform_of
 from m3bsr.cli.common import one_line_errors, open_run, pick_device
 from m3bsr.cli.predict import upright
@@ -34,6 +35,7 @@ OF_THE_MODEL: dict[str, Any] = {
     "drop_blocks": (3, 6, 9),
     "keep_rate": (0.5,),
     "fuse": "sum",
+    "select": "score",
     "score_source": "own",
     "size": (224,),
 }
@@ -52,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, backbone = _of_run(args) if args.run else _of_model(args)
     if not config.bsr.drop_blocks:
         raise ValueError(f"nothing to show: {args.run or '--drop-blocks'} names no block that drops tokens")
+    if config.bsr.drop_from == "backward":
+        raise ValueError(
+            "nothing to show: drops of this run leave the backward pass only, and evaluation sees all tokens"
+        )
     backbone = backbone.to(device).eval()
     rows = [row for path in args.images for row in show(backbone, config, path)]
     print("\n".join(token_lines(rows)))
@@ -71,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--drop-blocks", help="blocks that drop (default 3 6 9)", **blocks)
     parser.add_argument("--keep-rate", type=float, nargs="+", metavar="RATE", help="one, or one per block (default .5)")
     parser.add_argument("--fuse", choices=FUSE, help="what becomes of dropped tokens (default sum)")
+    parser.add_argument("--select", choices=tuple(SELECTORS), help="which tokens are kept (default score)")
     parser.add_argument("--score-source", choices=SCORE_SOURCE, help="whose attention scores (default own)")
     parser.add_argument("--train-blocks", help='blocks that train; they do not score with "frozen"', **blocks)
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="side, or height and width (default 224)")
@@ -98,6 +105,7 @@ def _of_model(args: argparse.Namespace) -> tuple[Config, TaskViTMixin]:
         drop_blocks=tuple(chosen["drop_blocks"]),
         keep_rate=rates[0] if len(rates) == 1 else rates,
         fuse=chosen["fuse"],
+        select=chosen["select"],
         score_source=chosen["score_source"],
     )
     fields = {"data.name": "image_folder", "data.tasks": ("classification",), "moe.blocks": (), "bsr": plan}
@@ -132,7 +140,7 @@ def show(backbone: TaskViTMixin, config: Config, path: str | Path) -> Iterator[T
     rows: dict[bytes, tuple[list[str], TokenRow]] = {}
     for task, stages in output.stages.items():
         steps = tokens_left(stages, 0)
-        key = b"".join(step.fused_FP.tobytes() + step.kept_P.tobytes() for step in steps)
+        key = b"".join(part.tobytes() for step in steps for part in (step.fused_FP, step.kept_P, step.merged_P))
         rows.setdefault(key, ([], TokenRow(Path(path).name, photo, output.grid, steps)))[0].append(task)
     for tasks, row in rows.values():
         name = row.name if len(rows) == 1 else f"{row.name}: {', '.join(tasks)}"
@@ -144,9 +152,12 @@ def token_lines(rows: Sequence[TokenRow]) -> list[str]:
     lines = []
     for i in range(max(len(row.steps) for row in rows)):
         steps = [row.steps[i] for row in rows if i < len(row.steps)]
-        kept, fused, lost = (_span(getattr(s, name) for s in steps) for name in ("num_kept", "num_fused", "num_lost"))
+        names = ("num_kept", "num_fused", "num_merged", "num_lost")
+        kept, fused, merged, lost = (_span(getattr(s, name) for s in steps) for name in names)
         line = f"block {steps[0].block}: {_span(s.num_tokens for s in steps)} tokens"
-        line += f", {kept} of {len(steps[0].kept_P)} patches kept, {fused} fused tokens, {lost} patches lost"
+        line += f", {kept} of {len(steps[0].kept_P)} patches kept, {fused} fused tokens"
+        line += f", {merged} patches merged" if any(s.num_merged for s in steps) else ""
+        line += f", {lost} patches lost"
         lines.append(line)
     return lines or ["no drop: every token is kept"]
 

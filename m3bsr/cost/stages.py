@@ -15,9 +15,9 @@ MoE, k experts of width m   D + 2, k (m + D), gate                              
 A block before the first trained one has no graph and stores nothing. ``Plan.recompute`` takes terms away: "cheap" the
 trained column and the LayerNorm statistics of trained blocks, and of frozen MLPs all but their input; "frozen" all but
 the input of both halves of frozen blocks, "all" the same of every block. ``activation_dtype`` and ``prune_rate`` change
-the bytes an element takes. Tokens aside (``Plan.drop_from``) are run without a graph; of them attention stores keys and
-values, ``2A``, and what learns attends to them all: N counts both. Under autocast everything but x, statistics and gradients of parameters has two bytes, and
-every Linear of the graph stores a copy of its weight.
+the bytes an element takes. Tokens aside (``Plan.drop_from``) are run without a graph; of them attention stores keys
+and values, ``2A``, and what learns attends to them all: N counts both. Under autocast everything but x, statistics and
+gradients of parameters has two bytes, and every Linear of the graph stores a copy of its weight.
 
 Multiply-accumulates a token: qkv and proj ``4 D A``, attention ``2 N A`` forward, ``5 N A`` backward (fused attention
 computes Q K^T again; ``4 N A`` where it is written out), MLP ``2 D H``, MoE ``2 k D m + D E``. A Linear takes as much
@@ -187,9 +187,7 @@ def attention_half(shape: BlockShape, rows: int, tokens: int, role: Role, size: 
 
     written_out = keys <= size.written_out
     # written out: scaled queries, copies of keys and values (of a single image views, which keep q, too), softmax
-    attention = (
-        size.act * (3 * A + (A if rows == 1 else 0) + h * keys) if written_out else size.act * 4 * A + FLOAT * h
-    )
+    attention = size.act * (3 * A + (A if rows == 1 else 0) + h * keys) if written_out else size.act * 4 * A + FLOAT * h
     if s.qk_norm:
         attention += size.act * 2 * A + FLOAT * 4 * h
     # keys and values of both kinds lie in tensors of their own; with norms q, k and v stay, too
@@ -213,9 +211,7 @@ def attention_half(shape: BlockShape, rows: int, tokens: int, role: Role, size: 
     if role.own_scores:
         # block-diagonal query, softmax over the tokens
         stored += (
-            FLOAT * (rows * A * h + (n + a) * h)
-            if role.scores == "class_row"
-            else FLOAT * (n + a) * (2 * A + h * keys)
+            FLOAT * (rows * A * h + (n + a) * h) if role.scores == "class_row" else FLOAT * (n + a) * (2 * A + h * keys)
         )
     linear = n * 4 * D * A
     backward = linear + n * keys * A * (4 if written_out else 5) + again + (linear if role.trained else 0)

@@ -1,4 +1,4 @@
-"""Pictures of where tokens go: kept patches, patches within fused tokens, patches that are lost.
+"""Pictures of where tokens go: kept patches, patches within fused or merged tokens, patches that are lost.
 
 Shapes: a grid of h x w patches, P = h * w; F fused tokens.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 
 from m3bsr.bsr import DropStage, token_sources
@@ -32,6 +33,8 @@ class TokensLeft:
     """True for patches that are still tokens of their own."""
     fused_FP: np.ndarray
     """Share of every patch in every fused token; rows sum to 1, no patch is in two."""
+    merged_P: np.ndarray
+    """Share of every patch in the kept one that it was merged into, as part of the largest there; 0 for others."""
 
     @property
     def num_kept(self) -> int:
@@ -44,13 +47,19 @@ class TokensLeft:
 
     @property
     def num_lost(self) -> int:
-        """Patches that are neither kept nor in a fused token."""
-        return len(self.kept_P) - self.num_kept - int((self.fused_FP > 0).any(axis=0).sum())
+        """Patches that are neither kept nor in a fused or merged token."""
+        return len(self.kept_P) - self.num_kept - self.num_merged - int((self.fused_FP > 0).any(axis=0).sum())
+
+    @property
+    def num_merged(self) -> int:
+        """Patches that went into a kept one."""
+        return int((self.merged_P > 0).sum())
 
     @property
     def caption(self) -> str:
         fused = f" + {self.num_fused} fused" if self.num_fused else ""
-        return f"block {self.block}: {self.num_kept} of {len(self.kept_P)} patches{fused}"
+        merged = f", {self.num_merged} merged into them" if self.num_merged else ""
+        return f"block {self.block}: {self.num_kept} of {len(self.kept_P)} patches{fused}{merged}"
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,17 @@ def tokens_left(stages: Sequence[DropStage], index: int) -> tuple[TokensLeft, ..
     one = [stage.map(lambda t: t[index : index + 1].cpu()) for stage in stages]
     for i, stage in enumerate(one):
         sources_NP = token_sources(one[: i + 1], one[0].patch_BM.shape[1])[0]
-        is_fused_N = stage.patch_after_BN[0] < 0
+        patch_N = stage.patch_after_BN[0]
+        is_fused_N = patch_N < 0
         fused_FP = sources_NP[is_fused_N]
         fused_FP = fused_FP / fused_FP.sum(1, keepdim=True).clamp_min(1e-12)
-        kept_P = sources_NP[~is_fused_N].sum(0) > 0
+        own_NP = sources_NP[~is_fused_N]
+        kept_P = torch.zeros(sources_NP.shape[1], dtype=torch.bool)
+        kept_P[patch_N[~is_fused_N]] = True
+        others_NP = own_NP.masked_fill(kept_P, 0)
+        merged_P = (others_NP / others_NP.amax(1, keepdim=True).clamp_min(1e-12)).sum(0)
         num_tokens = stage.num_prefix + len(sources_NP)
-        steps.append(TokensLeft(stage.block, num_tokens, kept_P.numpy(), fused_FP.numpy()))
+        steps.append(TokensLeft(stage.block, num_tokens, kept_P.numpy(), fused_FP.numpy(), merged_P.numpy()))
     return tuple(steps)
 
 
@@ -88,7 +102,7 @@ def tokens_picture(photo: np.ndarray, step: TokensLeft, grid: tuple[int, int]) -
     size = photo.shape[:2]
     kept = patch_pixels(step.kept_P, grid, size)
     light = photo.mean(axis=-1, keepdims=True) / 255
-    tint = _ramp()(patch_pixels(relative_weight(step.fused_FP), grid, size))[..., :3]
+    tint = _ramp()(patch_pixels(np.maximum(relative_weight(step.fused_FP), step.merged_P), grid, size))[..., :3]
     dark = np.where(grid_lines(grid, size)[..., None], 0.6, 1.0) * (255 * tint * (0.6 + 0.4 * light) + 45 * light)
     picture = np.where(kept[..., None], photo, dark)
     picture[outlines(kept)] = 255
@@ -115,7 +129,7 @@ def save_tokens(rows: Sequence[TokenRow], path: str | Path) -> None:
     columns = 1 + max(len(row.steps) for row in rows)
     cell = min(max(2.5, max(row.photo.shape[1] for row in rows) / DPI), 4.0)
     heights = [cell * row.photo.shape[0] / row.photo.shape[1] + 0.3 for row in rows]
-    has_fused = any(len(step.fused_FP) for row in rows for step in row.steps)
+    has_fused = any(len(step.fused_FP) or step.num_merged for row in rows for step in row.steps)
     figure = Figure(figsize=(cell * columns, sum(heights) + 0.6 * has_fused), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)

@@ -99,6 +99,36 @@ def test_gates_before_attention_get_the_same_gradients_when_recomputed() -> None
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize(
+    ("gate_mode", "gate_input"), [("per_task", "after"), ("per_task", "before"), ("shared", "after")]
+)
+def test_drops_from_the_backward_pass_leave_what_tasks_see(gate_mode: str, gate_input: str) -> None:
+    backbone = make(gate_mode=gate_mode, gate_input=gate_input).train()
+    backbone.set_plan(Plan((3, 5)))
+    expected = backbone.forward_tasks(images())
+    plan = Plan((3, 5), drop_blocks=(1, 4), keep_rate=0.5, drop_from="backward", select="cover")
+    backbone.set_plan(plan)
+    output = backbone.forward_tasks(images())
+    for task in TASKS:
+        torch.testing.assert_close(output.features[task], expected.features[task], rtol=1e-4, atol=1e-5)
+        assert [stage.keep_idx_BK.shape for stage in output.stages[task]] == [(2, 12), (2, 6)]
+    assert output.routing[5].experts_TK.shape[0] == (len(TASKS) if gate_mode == "per_task" else 1) * 2 * 7
+    (sum(f.square().mean() for f in output.features.values()) + output.balance_loss).backward()
+    trained = {name for name, p in backbone.named_parameters() if p.grad is not None}
+    assert any("blocks.5.mlp.gates" in name for name in trained) and not any("blocks.4" in name for name in trained)
+
+
+def test_behind_task_gates_each_task_drops_its_own_tokens() -> None:
+    backbone = make(gate_mode="per_task").eval()
+    for gate in backbone.blocks[3].mlp.gates.values():
+        torch.nn.init.normal_(gate.w_gate, std=3.0)
+    for select in ("score", "cover"):
+        backbone.set_plan(Plan((5,), drop_blocks=(1, 4), keep_rate=0.5, select=select, score_source="own"))
+        stages = backbone.forward_tasks(images()).stages
+        shared, own = ({tuple(stages[t][i].patch_after_BN.flatten().tolist()) for t in TASKS} for i in (0, 1))
+        assert len(shared) == 1 and len(own) > 1
+
+
 def test_windows_and_task_codes_reach_the_layers() -> None:
     backbone = make(experts_per_task=4, task_dim=5, gate_mode="task_conditioned", num_experts=(8, 6))
     first, last = backbone.blocks[3].mlp, backbone.blocks[5].mlp

@@ -180,7 +180,7 @@ def test_recompute_gives_the_same_gradients_and_stores_less() -> None:
     assert again_bytes < 0.6 * plain_bytes
 
 
-@pytest.mark.parametrize("mode", ["bypass", "adapt", "interpolate", "transfer"])
+@pytest.mark.parametrize("mode", ["bypass", "adapt", "interpolate", "transfer", "unmerge"])
 def test_restore_before_mends_the_grid(mode: str) -> None:
     vit = make()
     plan = Plan(train_blocks=(5,), drop_blocks=(1, 3), keep_rate=0.5, restore=mode, restore_before=5)
@@ -263,6 +263,9 @@ def test_bf16_and_compile_agree() -> None:
         ({"drop_blocks": (1,), "keep_rate": -0.5}, "keep_rate"),
         ({"drop_blocks": (1, 2), "keep_rate": (0.5,)}, "keep_rate"),
         ({"fuse": "product"}, "fuse"),
+        ({"select": "cove"}, "bsr.select 'cove'.*'cover'"),
+        ({"proportional": True}, "bsr.proportional"),
+        ({"proportional": True, "fuse": "merge", "drop_from": "backward"}, "bsr.proportional"),
     ],
 )
 def test_bad_plans_are_refused_by_field(fields: dict, message: str) -> None:

@@ -16,7 +16,7 @@ settings.register_profile("quick", max_examples=30, deadline=None)
 settings.load_profile("quick")
 
 rates = st.floats(0.05, 1.0)
-fuses = st.sampled_from(["sum", "mean", "none"])
+fuses = st.sampled_from(["sum", "mean", "none", "merge"])
 
 
 def marked_tokens(batch: int, num_prefix: int, num_patches: int) -> torch.Tensor:
@@ -30,8 +30,12 @@ def test_drop_then_restore_puts_every_patch_back(batch, num_prefix, num_patches,
     x = marked_tokens(batch, num_prefix, num_patches)
     state = start(x, num_prefix)
     for block, rate in enumerate(keep_rates):
-        scores = torch.rand(batch, state.num_ordinary)
-        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse, restorable=True)
+        scores, keys = torch.rand(batch, state.num_ordinary), torch.randn(batch, state.num_ordinary, 3)
+        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse, restorable=True, keys_BMd=keys)
+    if fuse == "merge":  # kept tokens are means now, dropped ones were means when they were dropped
+        rows = restore(state, "bypass", (1, num_patches)).x_BND[:, num_prefix:, 0]
+        assert torch.equal(rows.gather(1, state.patch_BM), state.x_BND[:, num_prefix:, 0])
+        return
     restored = restore(state, "bypass", (1, num_patches))
     assert torch.equal(restored.x_BND, x)
     assert restored.stages == () and restored.num_protected == 0
@@ -40,12 +44,14 @@ def test_drop_then_restore_puts_every_patch_back(batch, num_prefix, num_patches,
 @given(st.integers(1, 30), rates, fuses)
 def test_kept_tokens_stay_in_image_order_and_prefix_is_never_dropped(num_patches, rate, fuse) -> None:
     state = start(marked_tokens(2, 2, num_patches), 2)
-    after = drop(state, torch.rand(2, num_patches), block=0, keep_rate=rate, fuse=fuse)
+    keys = torch.randn(2, num_patches, 3)
+    after = drop(state, torch.rand(2, num_patches), block=0, keep_rate=rate, fuse=fuse, keys_BMd=keys)
     K = num_kept(rate, num_patches)
     assert torch.equal(after.x_BND[:, :2], state.x_BND[:, :2])
     kept = after.x_BND[:, 2 : 2 + K, 0]
-    assert (kept.diff(dim=1) > 0).all()
-    assert torch.equal(kept.long(), after.patch_BM[:, :K])
+    assert (after.patch_BM[:, :K].diff(dim=1) > 0).all()
+    if fuse != "merge":
+        assert torch.equal(kept.long(), after.patch_BM[:, :K])
     if num_patches == K:
         assert after is state
 
@@ -56,9 +62,9 @@ def test_what_entered_the_block_drops_and_fuses_as_the_tokens_do(num_prefix, num
     state = replace(start(x, num_prefix), before_BND=2 * x)
     plain = start(x, num_prefix)
     for block, rate in enumerate(keep_rates):
-        scores = torch.rand(2, state.num_ordinary)
-        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse)
-        plain = drop(plain, scores, block=block, keep_rate=rate, fuse=fuse)
+        scores, keys = torch.rand(2, state.num_ordinary), torch.randn(2, state.num_ordinary, 3)
+        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse, keys_BMd=keys)
+        plain = drop(plain, scores, block=block, keep_rate=rate, fuse=fuse, keys_BMd=keys)
     assert torch.equal(state.x_BND, plain.x_BND) and plain.before_BND is None
     torch.testing.assert_close(state.before_BND, 2 * state.x_BND)
     assert torch.equal(state.repeat(2).before_BND, torch.cat([state.before_BND] * 2))
@@ -160,17 +166,76 @@ def test_every_token_knows_the_patches_that_it_stands_for(num_prefix, num_patche
     x = torch.randn(2, num_prefix + num_patches, 3)
     state = start(x, num_prefix)
     for block, rate in enumerate(keep_rates):
-        scores = torch.rand(2, state.num_ordinary)
-        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse[block], restorable=True)
+        scores, keys = torch.rand(2, state.num_ordinary), torch.randn(2, state.num_ordinary, 3)
+        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse[block], restorable=True, keys_BMd=keys)
         sources = state.sources()
         torch.testing.assert_close(sources @ x[:, num_prefix:], state.x_BND[:, num_prefix:], rtol=1e-4, atol=1e-5)
         if state.stages:
             alone = state.stages[-1].patch_after_BN
             assert alone.shape == sources.shape[:2]
             rows, columns = (alone >= 0).nonzero(as_tuple=True), alone[alone >= 0]
-            assert torch.equal(sources[rows], torch.eye(num_patches)[columns])
+            if "merge" in fuse[: block + 1]:
+                assert (sources[rows].gather(1, columns[:, None]) > 0).all()
+                torch.testing.assert_close(sources[rows].sum(1), torch.ones(len(columns)))
+            else:
+                assert torch.equal(sources[rows], torch.eye(num_patches)[columns])
             assert ((sources > 0).sum(1) <= 1).all()  # no patch is in two tokens
     restored = restore(state, "bypass", (1, num_patches))
     assert torch.equal(restored.sources(), torch.eye(num_patches).expand(2, -1, -1))
     assert [s.block for s in restored.drops] == [s.block for s in state.drops] == [s.block for s in state.stages]
     assert restored.stages == ()
+
+
+@given(st.integers(0, 2), st.integers(4, 30), st.lists(rates, min_size=1, max_size=3))
+def test_merging_keeps_the_sum_of_all_tokens_and_unmerging_copies_it_back(num_prefix, num_patches, keep_rates) -> None:
+    x = torch.randn(2, num_prefix + num_patches, 3, dtype=torch.float64)
+    state = replace(start(x, num_prefix), scores_BM=torch.rand(2, num_patches))
+    attention = state.scores_BM.sum(1)
+    for block, rate in enumerate(keep_rates):
+        scores, keys = torch.rand(2, state.num_ordinary), torch.randn(2, state.num_ordinary, 3)
+        state = drop(state, scores, block=block, keep_rate=rate, fuse="merge", restorable=True, keys_BMd=keys)
+    size_BN = state.token_sizes()
+    if size_BN is None:  # nothing was dropped
+        size_BN = torch.ones(2, num_prefix + num_patches)
+    assert (size_BN[:, num_prefix:].sum(1) == num_patches).all() and (size_BN[:, :num_prefix] == 1).all()
+    torch.testing.assert_close((size_BN.unsqueeze(2) * state.x_BND).sum(1), x.sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.scores_BM.sum(1), attention)
+    restored = restore(state, "unmerge", (1, num_patches))
+    members = (state.sources() > 0).double()  # every patch is in exactly one token
+    assert (members.sum(1) == 1).all()
+    assert torch.equal(restored.x_BND[:, num_prefix:], members.transpose(1, 2) @ state.x_BND[:, num_prefix:])
+
+
+def test_merging_against_a_loop() -> None:
+    x, keys, scores = torch.randn(1, 6, 2), torch.randn(1, 6, 3), torch.tensor([[6.0, 5, 4, 3, 2, 1]])
+    state = drop(start(x, 0), scores, block=0, keep_rate=0.5, fuse="merge", keys_BMd=keys)
+    groups: dict[int, list[int]] = {0: [0], 1: [1], 2: [2]}
+    for i in (3, 4, 5):
+        alike = [torch.cosine_similarity(keys[0, i], keys[0, k], dim=0) for k in range(3)]
+        groups[max(range(3), key=alike.__getitem__)].append(i)
+    for k, members in groups.items():
+        torch.testing.assert_close(state.x_BND[0, k], x[0, members].mean(0))
+        assert state.size_BM[0, k] == len(members)
+
+
+@given(st.integers(0, 3), st.integers(2, 40), st.lists(rates, min_size=1, max_size=3), st.integers(1, 2))
+def test_tokens_aside_come_back_as_they_are_by_then(num_prefix, num_patches, keep_rates, times) -> None:
+    x = marked_tokens(2, num_prefix, num_patches).requires_grad_()
+    state = start(x, num_prefix)
+    for block, rate in enumerate(keep_rates):
+        scores = torch.rand(len(state.x_BND), state.num_ordinary)
+        state = drop(state, scores, block=block, keep_rate=rate, fuse="none", aside=True)
+        if state.aside_BRD is not None:  # everything moves on by the same
+            state = replace(state, aside_BRD=state.aside_BRD + 1)
+        state = replace(state, x_BND=state.x_BND + 1).repeat(times if block == 0 else 1)
+    num_drops = len(state.stages)
+    restored = restore(state, "bypass", (1, num_patches))
+    assert torch.equal(restored.x_BND, torch.cat([x + len(keep_rates)] * times)) or num_drops < len(keep_rates)
+    assert restored.aside_BRD is None and restored.stages == ()
+    restored.x_BND.sum().backward()
+    kept = state.patch_BM[:2]
+    grad = x.grad[:, num_prefix:, 0]
+    assert (grad.gather(1, kept) == times).all() or times == 2
+    assert (grad > 0).sum() >= kept.numel()
+    if times == 1:
+        assert (grad > 0).sum() == kept.numel()

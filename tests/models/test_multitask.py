@@ -92,7 +92,7 @@ def test_frozen_parameters_are_bit_identical_after_training() -> None:
     assert experts and all(".0." in name.split("experts.")[1] or ".2." in name.split("experts.")[1] for name in experts)
 
 
-@pytest.mark.parametrize("restore", ["bypass", "adapt", "interpolate", "transfer"])
+@pytest.mark.parametrize("restore", ["bypass", "adapt", "interpolate", "transfer", "unmerge"])
 def test_every_way_of_restoring_gives_full_maps(restore: str) -> None:
     model = make(Plan(train_blocks=(9, 11), drop_blocks=(3, 6), keep_rate=0.5, restore=restore))
     output = model(images())

@@ -53,6 +53,19 @@ def test_kept_fused_and_lost_patches_of_each_image() -> None:
     assert none[1].caption == "block 6: 2 of 6 patches"
 
 
+def test_merged_patches_are_neither_kept_nor_lost() -> None:
+    state = start(torch.randn(1, 6, 4), 0)
+    keys = torch.eye(3).repeat(2, 1)[None]  # patch i + 3 is the double of patch i
+    state = drop(state, torch.tensor([[6.0, 5, 4, 3, 2, 1]]), block=3, keep_rate=0.5, fuse="merge", keys_BMd=keys)
+    state = drop(state, torch.tensor([[3.0, 2, 1]]), block=6, keep_rate=0.5, fuse="merge", keys_BMd=keys[:, [0, 1, 0]])
+    first, second = tokens_left(state.stages, 0)
+    assert (first.num_kept, first.num_merged, first.num_fused, first.num_lost) == (3, 3, 0, 0)
+    assert first.caption == "block 3: 3 of 6 patches, 3 merged into them"
+    assert (second.num_tokens, second.num_kept, second.num_merged, second.num_lost) == (2, 2, 4, 0)
+    assert second.kept_P.tolist() == [True, True, False, False, False, False]
+    np.testing.assert_allclose(second.merged_P, [0, 0, 1, 1, 1, 1], rtol=1e-5)
+
+
 def test_weights_are_relative_to_the_heaviest_patch_of_the_token() -> None:
     weights = relative_weight(np.array([[0, 0.6, 0.3, 0.1, 0], [0.2, 0, 0, 0, 0.8]]))
     np.testing.assert_allclose(weights, [0.25, 1, 0.5, 1 / 6, 1])
@@ -62,7 +75,7 @@ def test_weights_are_relative_to_the_heaviest_patch_of_the_token() -> None:
 def test_kept_patches_are_untouched_heavy_ones_bright_and_lost_ones_dark() -> None:
     photo = np.full((20, 30, 3), 200, np.uint8)
     kept = np.array([1, 0, 0, 0, 0, 0], bool)
-    step = TokensLeft(3, 3, kept, np.array([[0, 0.8, 0.2, 0, 0, 0]]))
+    step = TokensLeft(3, 3, kept, np.array([[0, 0.8, 0.2, 0, 0, 0]]), np.zeros(6))
     picture = tokens_picture(photo, step, GRID).astype(int)
     assert picture.shape == photo.shape
     assert (picture[:9, :9] == 200).all() and (picture[9, :9] == 255).all()  # the white edge lies within the kept patch

@@ -1,8 +1,8 @@
 """Which tokens a drop keeps: one file and one line here each.
 
-A selector ranks tokens: ``SELECTORS[name].rank(candidates)`` gives a number per token ``[B, M]``, and a drop keeps those
-with the highest (of equal ones the first). It must not need gradients, and must depend on nothing but its argument and,
-in training, the random state.
+A selector ranks tokens: ``SELECTORS[name].rank(candidates)`` gives a number per token ``[B, M]``, and a drop keeps
+those with the highest (of equal ones the first). It must not need gradients, and must depend on nothing but its
+argument and, in training, the random state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluate a trained run: tools/evaluate.py RUN [--protocol network|original] [--tasks TASK ...]."""
+"""Evaluate a trained run: tools/evaluate.py RUN [--protocol network|original|resized:HxW] [--tasks TASK ...]."""
 
 from __future__ import annotations
 

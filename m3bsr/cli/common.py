@@ -125,12 +125,13 @@ def open_run(
     return config, model, checkpoint
 
 
-def metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Metrics as text, a task a line."""
+def metrics_table(metrics: Mapping[str, Mapping[str, float]], protocol: str) -> str:
+    """Metrics as text, a task a line, each with the protocol that it was scored by."""
     width = max(map(len, metrics), default=0)
     lines = []
     for task, values in metrics.items():
-        lines.append(f"{task:<{width}}  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        scores = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        lines.append(f"{task:<{width}}  [{protocol}]  {scores}")
     return "\n".join(lines)
 
 

@@ -11,10 +11,17 @@ from typing import Any
 from m3bsr.build import build_datasets, build_tasks
 from m3bsr.cli.common import metrics_table, one_line_errors, open_run, pick_device, write_json
 from m3bsr.config import replace
+from m3bsr.data.dense import parse_target_size
 from m3bsr.engine.damaged import KEY, DamagedSamples
 from m3bsr.engine.evaluate import evaluate
 from m3bsr.engine.loader import eval_loader
+from m3bsr.engine.predictions import PredictionWriter
 from m3bsr.utils.lookup import lookup
+
+PROTOCOLS = (
+    "network: labels at the size of the network's input; original: labels at their own size, predictions resized "
+    "bilinearly; resized:HxW: both at that size, labels by nearest pixel"
+)
 
 
 @one_line_errors
@@ -23,30 +30,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/evaluate.py", description="Evaluate a trained run.")
     parser.add_argument("run", type=Path, help="run folder, or a checkpoint folder in one")
     parser.add_argument("--checkpoint", default="last", choices=("last", "best", "previous"), help="which one")
-    parser.add_argument(
-        "--protocol",
-        default="network",
-        choices=("network", "original"),
-        help="score at the size of the network's input, or at the labels' own",
-    )
+    parser.add_argument("--protocol", default="network", help=PROTOCOLS)
     parser.add_argument("--split", help="another split than the run's data.val_split, such as test")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these; only their path is computed")
+    parser.add_argument("--flip", action="store_true", help="average with the predictions for the mirrored images")
+    parser.add_argument(
+        "--save-predictions", type=Path, metavar="DIR", help="also save them, for tools/score.py and other scripts"
+    )
     parser.add_argument("--root", help="where the data lies now, if it was moved")
     parser.add_argument("--keep-rate", type=float, help="of the drops, instead of the plan's own in evaluation")
     parser.add_argument("--max-val", type=int, help="only the first so many images")
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--num-workers", type=int)
+    parser.add_argument("--num-workers", type=int, help="processes that load, and as many that score edges")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="JSON file to write, in the run folder by default")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    split = (f"-{args.split}" if args.split else "") + (f"-keep{args.keep_rate:g}" if args.keep_rate else "")
-    out = args.out or args.run / f"metrics-{args.checkpoint}-{args.protocol}{split}.json"
+    parts = (args.checkpoint, args.protocol.replace(":", "-"), args.split, "flip" if args.flip else None)
+    keep = f"keep{args.keep_rate:g}" if args.keep_rate else None
+    out = args.out or args.run / f"metrics-{'-'.join(filter(None, (*parts, keep)))}.json"
     report = evaluate_run(
         args.run,
         checkpoint=args.checkpoint,
         protocol=args.protocol,
         tasks=args.tasks,
+        flip=args.flip,
+        save_predictions=args.save_predictions,
         device=args.device,
         changes={
             "bsr.eval_keep_rate": args.keep_rate,
@@ -59,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
     )
     write_json(out, report)
-    print(f"{report['num_images']} images, labels at {report['protocol']} size, {report['checkpoint']}")
+    print(f"{report['num_images']} images, {report['checkpoint']}")
     for line in report["damaged"]:
         print(f"warning: left out: {line}", file=sys.stderr)
-    print(metrics_table(report["metrics"]))
+    print(metrics_table(report["metrics"], protocol_of(report)))
     print(out)
     return 0
 
@@ -73,6 +82,8 @@ def evaluate_run(
     checkpoint: str = "last",
     protocol: str = "network",
     tasks: Sequence[str] | None = None,
+    flip: bool = False,
+    save_predictions: Path | None = None,
     device: str = "auto",
     changes: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -80,30 +91,58 @@ def evaluate_run(
     """Metrics of a run with the way they were measured, as plain data.
 
     Args:
+        protocol: ``network``, ``original`` or ``resized:HxW``, see ``tools/evaluate.py --help``.
         tasks: some of the run's tasks, all by default.
+        flip: average with the predictions for the mirrored images.
+        save_predictions: folder to write them into, see ``m3bsr.engine.predictions``.
         changes: dotted config fields to set otherwise (``data.root`` ...); None leaves a field as it was.
 
     Raises:
-        FileNotFoundError, ValueError: no run, no data, a damaged checkpoint, an unknown task.
+        FileNotFoundError, ValueError: no run, no data, a damaged checkpoint, an unknown task or protocol, a folder for
+            predictions that holds something.
     """
     where = pick_device(device)
+    parse_target_size(protocol)
     changes = {name: value for name, value in (changes or {}).items() if value is not None}
     config, model, folder = open_run(run, checkpoint, {n: v for n, v in changes.items() if n.startswith("bsr.")})
     config = replace(config, changes)
     for task in tasks or ():
         lookup(dict.fromkeys(config.data.tasks), task, f"task of {run}")
     config = replace(config, {"data.tasks": tuple(tasks or config.data.tasks)})
+    wanted = build_tasks(config)
+    writer = PredictionWriter(save_predictions, wanted) if save_predictions else None
     _, val_set = build_datasets(config, target_size=protocol)
-    loader = eval_loader(val_set, batch_size=config.train.eval_batch_size, num_workers=config.data.num_workers)
-    metrics = evaluate(model.to(where), build_tasks(config), loader, where, config.train.precision, progress)
+    metrics = evaluate(
+        model.to(where),
+        wanted,
+        eval_loader(val_set, batch_size=config.train.eval_batch_size, num_workers=config.data.num_workers),
+        where,
+        config.train.precision,
+        progress,
+        flip=flip,
+        writer=writer,
+        num_workers=config.data.num_workers,
+    )
     sizes = {"val": len(val_set)}  # type: ignore[arg-type]
     DamagedSamples(sizes, config.data.max_skipped).note("val", {KEY: metrics.damaged})
-    return {
+    about = {
         "run": str(run),
         "checkpoint": str(folder),
         "protocol": protocol,
+        "network_size": list(config.data.image_size),
+        "flip": flip,
+        "data": {"name": config.data.name, "split": config.data.val_split, "max_val": config.data.max_val},
         "precision": config.train.precision,
         "num_images": metrics.num_images,
         "damaged": list(metrics.damaged),
         "metrics": metrics,
     }
+    if writer is not None:
+        writer.finish(about)
+    return about
+
+
+def protocol_of(report: Mapping[str, Any]) -> str:
+    """The protocol with its size: ``network 240x320, flip``."""
+    size = " {}x{}".format(*report["network_size"]) if report["protocol"] == "network" else ""
+    return f"{report['protocol']}{size}{', flip' if report.get('flip') else ''}"

@@ -240,4 +240,4 @@ def as_text(report: Mapping[str, Any]) -> str:
     lines = [*kept, f"{'':<{width}}  {'before':>12}  {'after':>12}"]
     lines += [f"{name:<{width}}  {then:>12}  {now:>12}" for name, then, now in rows]
     metrics = {"before": before["metrics"], "after": after["metrics"]}
-    return "\n".join([*lines, f"{report['num_images']} images at {report['protocol']} size", metrics_table(metrics)])
+    return "\n".join([*lines, f"{report['num_images']} images", metrics_table(metrics, report["protocol"])])

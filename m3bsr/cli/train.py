@@ -76,7 +76,7 @@ def _say_how_it_ended(config: Config, result: TrainResult, summary: Mapping[str,
         print(f"stopped by {name} after step {result.progress.step} of {result.progress.total_steps}")
         print(f"checkpoint: {result.checkpoint}; go on with --run.resume")
         return 128 + result.stopped_by
-    print(metrics_table(summary["metrics"]))
+    print(metrics_table(summary["metrics"], summary["protocol"]))
     print(f"report: {config.run.dir}/report.html")
     return 0
 

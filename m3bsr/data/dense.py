@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchvision import tv_tensors
 
 from m3bsr.data.files import read_image, resolve_root
 from m3bsr.data.targets import blank
-from m3bsr.data.transforms import Labels
+from m3bsr.data.transforms import Labels, resize
 from m3bsr.utils.constants import IGNORE
 from m3bsr.utils.lookup import lookup
 
@@ -36,7 +37,7 @@ class DenseImages(Dataset, ABC):
         transform: on the dict of tv_tensors (``m3bsr.data.build_transform``).
         max_samples: only the first so many.
         target_size: ``"network"``: labels are transformed with the image; ``"original"``: they stay as they are on
-            disk, for scoring at full resolution.
+            disk, for scoring at full resolution; ``"resized:HxW"``: they are resized to H x W, by nearest pixel.
         check: whether all files must be there now. Without it a missing one is an error when it is read.
 
     Raises:
@@ -58,8 +59,7 @@ class DenseImages(Dataset, ABC):
         target_size: str = "network",
         check: bool = True,
     ) -> None:
-        if target_size not in ("network", "original"):
-            raise ValueError(f"target_size must be network or original, got {target_size!r}")
+        self.resized_to = parse_target_size(target_size)
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be positive, got {max_samples}")
         self.root, self.split, self.tasks = resolve_root(root), split, tuple(tasks)
@@ -112,10 +112,12 @@ class DenseImages(Dataset, ABC):
         image = tv_tensors.Image(self.read_image(name))
         targets = {task: self._target(task, name, image) for task in self.dense_tasks}
         sample = self.arrange({"image": image, **targets})
-        if self.transform is not None and self.target_size == "original":
-            sample = sample | self.transform({"image": sample["image"]})
-        elif self.transform is not None:
+        if self.transform is not None and self.target_size == "network":
             sample = self.transform(sample)
+        elif self.transform is not None:
+            sample |= self.transform({"image": sample["image"]})
+        if self.resized_to:
+            sample |= resize({task: sample[task] for task in self.dense_tasks}, self.resized_to)
         # Classes travel as uint8, an eighth of the memory to move, and leave as the int64 that losses want.
         tensors = {k: (v.long() if isinstance(v, Labels) else v).as_subclass(Tensor) for k, v in sample.items()}
         return tensors | {"name": name, "index": index}
@@ -147,6 +149,18 @@ class DenseImages(Dataset, ABC):
             except (ValueError, OSError) as error:
                 found.append(str(error))
         return found
+
+
+def parse_target_size(text: str) -> tuple[int, int] | None:
+    """The size in ``"resized:HxW"``; None for ``"network"`` and ``"original"``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    found = re.fullmatch(r"resized:([1-9]\d*)x([1-9]\d*)", text)
+    if found is None and text not in ("network", "original"):
+        raise ValueError(f"a protocol is network, original or resized:HxW (resized:448x448), got {text!r}")
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def pad_evenly(sample: dict[str, Any], multiple: int) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from m3bsr.engine.damaged import KEY, without_replaced
 from m3bsr.engine.precision import autocast
+from m3bsr.engine.predictions import PredictionWriter
 from m3bsr.moe.stats import RoutingCounts, routing_stats
 from m3bsr.tasks.base import Task
+from m3bsr.tasks.scoring import Scorer
 
 
 class Metrics(dict[str, dict[str, float]]):
@@ -53,12 +55,19 @@ def evaluate(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     progress: bool = True,
+    *,
+    flip: bool = False,
+    writer: PredictionWriter | None = None,
+    num_workers: int = 0,
 ) -> Metrics:
     """Run ``model`` over ``loader`` in evaluation mode and score every task; its training mode is put back.
 
     Args:
         loader: batches ``{"image": [B, 3, H, W], task: [B, C, H', W'] or a list of [C, H', W']}``; of a task that is
-            not dense ``[B]``. A batch need not have labels for all tasks.
+            not dense ``[B]``. A batch need not have labels for all tasks. With ``writer`` also ``name``: a list.
+        flip: average with the predictions for the mirrored images, mirrored back (``Task.mirrored, average``).
+        writer: gets every dense prediction at the size at which it is scored.
+        num_workers: processes that score slow metrics (edges); less than two: none but this one.
 
     Raises:
         ValueError: no batch at all, or none with labels for one of the tasks.
@@ -73,26 +82,35 @@ def evaluate(
     try:
         total = len(loader) if isinstance(loader, Sized) else None
         bar = tqdm(loader, total=total, desc="evaluate", unit="batch", leave=False, disable=not progress)
-        with torch.inference_mode():
+        with torch.inference_mode(), Scorer(num_workers) as scorer:
             for loaded in bar:
                 damaged += filter(None, loaded.get(KEY, ()))
                 batch = without_replaced(loaded)
                 if batch is None:
                     continue
                 images = batch["image"].to(device, non_blocking=True)
+                names = labelled(batch, tasks)
                 with autocast(device, precision):
-                    output = model(images, tasks=labelled(batch, tasks))
+                    output = model(images, tasks=names)
+                    predictions = {name: raw.float() for name, raw in output.predictions.items()}
+                    if flip:
+                        mirrored = model(images.flip(-1), tasks=names).predictions
+                        back = {name: tasks[name].mirrored(mirrored[name].float()) for name in predictions}
+                        predictions = {name: tasks[name].average([p, back[name]]) for name, p in predictions.items()}
                 routing.add(output)
-                seen.update(output.predictions)
-                for name, raw in output.predictions.items():
-                    for prediction, target in _pairs(raw.float(), batch[name]):
+                seen.update(predictions)
+                for name, raw in predictions.items():
+                    for first, prediction, target in _pairs(raw, batch[name]):
                         target = target.to(device, non_blocking=True)
                         if tasks[name].dense:
                             if target.shape[-2:] != images.shape[-2:]:
                                 protocol = "original"
                             prediction = resize(prediction, target.shape[-2:])
-                        metrics[name].update(prediction, target)
+                        scorer.add(tasks[name], metrics[name], prediction, target)
+                        if writer is not None:
+                            writer.add(name, tasks[name], prediction, batch["name"][first : first + len(prediction)])
                 num_images += len(images)
+            scorer.finish()
     finally:
         model.train(was_training)
     if num_images == 0:
@@ -136,8 +154,8 @@ def score(metrics: Mapping[str, Mapping[str, float]], tasks: Mapping[str, Task])
     return sum(terms) / len(terms) if terms else -math.inf
 
 
-def _pairs(prediction: Tensor, target: Any) -> list[tuple[Tensor, Tensor]]:
-    """(prediction, target) batches of one size each; targets of different sizes come as a list."""
+def _pairs(prediction: Tensor, target: Any) -> list[tuple[int, Tensor, Tensor]]:
+    """(number of the first image, prediction, target), of one size each; targets of different sizes come as a list."""
     if isinstance(target, Tensor):
-        return [(prediction, target)]
-    return [(prediction[i : i + 1], target[i][None]) for i in range(len(target))]
+        return [(0, prediction, target)]
+    return [(i, prediction[i : i + 1], target[i][None]) for i in range(len(target))]

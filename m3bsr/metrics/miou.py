@@ -13,15 +13,16 @@ from m3bsr.utils.constants import IGNORE
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """``[C, C]`` int64 counts, row = true class, column = predicted; integer tensors of one shape, ``IGNORE`` skipped.
 
-    ValueError for a label that is neither a class nor ``IGNORE``.
+    ValueError for a label that is neither a class nor ``IGNORE``, or a prediction that is no class.
     """
     valid = labels != IGNORE
     labels, predicted = labels[valid].long(), predicted[valid].long()
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"label out of range: found {int(labels.min())}..{int(labels.max())}, "
-            f"expected 0..{num_classes - 1} or {IGNORE} (ignore)"
-        )
+    for what, values in (("label", labels), ("predicted class", predicted)):
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < num_classes:
+            raise ValueError(
+                f"{what} out of range: found {int(values.min())}..{int(values.max())}, expected 0..{num_classes - 1}"
+                + (f" or {IGNORE} (ignore)" if what == "label" else "")
+            )
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
@@ -42,6 +43,11 @@ class MeanIoU(SumMetric):
             raise ValueError(f"mIoU: prediction has {prediction.shape[1]} channels, expected {self.num_classes}")
         predicted = prediction.detach().argmax(dim=1)
         self.sums.add("confusion", confusion_matrix(predicted, target[:, 0], self.num_classes))
+
+    def update_labels(self, predicted: Tensor, target: Tensor) -> None:
+        """The same for classes that were chosen already, ``[B, 1, H, W]`` integers."""
+        check_same_size(predicted, target, "mIoU")
+        self.sums.add("confusion", confusion_matrix(predicted[:, 0], target[:, 0], self.num_classes))
 
     def per_class(self) -> Tensor:
         """IoU of each class ``[C]`` (float64), NaN for a class never seen."""

@@ -34,15 +34,19 @@ class SaliencyScores(SumMetric):
         )
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        check_same_size(prediction, target, "saliency metrics")
-        probability = prediction.detach().double().sigmoid()
+        self.update_probability(prediction.detach().double().sigmoid(), target)
+
+    def update_probability(self, probability: Tensor, target: Tensor) -> None:
+        """The same for probabilities in 0..1, float64 ``[B, 1, H, W]`` (saved predictions)."""
+        check_same_size(probability, target, "saliency metrics")
         for p, t in zip(probability, target, strict=True):
             valid = t != IGNORE
             if valid.any():
                 self._add_image(p[valid], t[valid] >= 0.5)
 
     def _add_image(self, probability: Tensor, salient: Tensor) -> None:
-        levels = (probability * (NUM_LEVELS - 1)).long()
+        # Without the slack a probability k / 255 may come out as level k - 1.
+        levels = (probability * (NUM_LEVELS - 1) + 1e-9).long()
         self.sums.add("positives", torch.bincount(levels[salient], minlength=NUM_LEVELS))
         self.sums.add("negatives", torch.bincount(levels[~salient], minlength=NUM_LEVELS))
         # Sorting once counts the pixels above all thresholds; a comparison each would read the image 15 times.

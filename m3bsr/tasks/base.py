@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,12 @@ class Task(ABC):
     default_weight: float = 1.0
     output_bias: float = 0.0
     """Where a fresh head's output should start: near the mean of the target if that is far from zero."""
+    slow_metric: bool = False
+    """Whether scoring an image takes long enough to be worth another process."""
+    saved_suffixes: tuple[str, ...] = (".npy",)
+    """Files that a saved prediction is read from (see ``engine.predictions``); the first is what is written."""
+    saved_channels: int = 1
+    """Channels of a saved prediction."""
 
     @abstractmethod
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -44,6 +51,28 @@ class Task(ABC):
     def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
         """uint8 ``[H, W, 3]`` of a target, or of a raw output (``is_prediction=True``), ``[C, H, W]``."""
 
+    def mirrored(self, x: Tensor) -> Tensor:
+        """A dense prediction or target ``[..., H, W]`` as it would be of the mirrored image."""
+        return x.flip(-1) if self.dense else x
+
+    def average(self, predictions: Sequence[Tensor]) -> Tensor:
+        """One raw prediction from several of the same image, all of one shape."""
+        return torch.stack(tuple(predictions)).mean(dim=0)
+
+    def to_saved(self, prediction: Tensor) -> Tensor:
+        """What is saved of raw predictions ``[B, C, H, W]``: here as they are, float32."""
+        return prediction.float()
+
+    def add_saved(self, metric: Any, saved: Tensor, target: Tensor) -> None:
+        """Score saved predictions ``[B, saved_channels, H, W]`` by a metric of this task.
+
+        Raises:
+            ValueError: values that a saved prediction of this task cannot have.
+        """
+        if not saved.isfinite().all():
+            raise ValueError("holds NaN or infinity")
+        metric.update(saved, target)
+
     def resize_target(self, target: Tensor, size: tuple[int, int]) -> Tensor:
         """The target at ``size = (h, w)`` for a loss at lower resolution; nearest samples, never blended."""
         return resize_nearest(target, size)
@@ -54,6 +83,14 @@ class Task(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, num_channels={self.num_channels})"
+
+
+def to_bytes(logits: Tensor) -> Tensor:
+    """Probabilities ``p`` of logits as uint8 ``floor(255 p)``: the published scripts cut off too.
+
+    Read as ``value / 255`` it lies at most 1 / 255 below ``p``.
+    """
+    return (255 * logits.double().sigmoid()).to(torch.uint8)
 
 
 def to_float_array(x: Any, channels: int | tuple[int, ...], name: str) -> np.ndarray:

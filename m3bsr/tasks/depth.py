@@ -40,6 +40,7 @@ class Depth(Task):
     num_channels = 1
     main_metric = "rmse"
     higher_is_better = False
+    saved_suffixes = (".npy", ".mat")
     default_weight = 1.0
 
     def __init__(self, max_depth: float = 10.0, mean_depth: float = 2.7) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3bsr.losses import weighted_bce
 from m3bsr.metrics.edges import EdgeScores
-from m3bsr.tasks.base import Task, colour_grey
+from m3bsr.tasks.base import Task, colour_grey, to_bytes
 
 
 class Edge(Task):
@@ -23,6 +23,8 @@ class Edge(Task):
     num_channels = 1
     main_metric = "ods_f"
     higher_is_better = True
+    saved_suffixes = (".png",)
+    slow_metric = True
     default_weight = 50.0
 
     def __init__(self, max_dist: float = 0.011, thresholds: int = 99, positive_weight: float = 0.95) -> None:
@@ -35,6 +37,14 @@ class Edge(Task):
 
     def metric(self) -> EdgeScores:
         return EdgeScores(max_dist=self.max_dist, thresholds=self.thresholds)
+
+    def to_saved(self, prediction: Tensor) -> Tensor:
+        """``floor(255 p)``, uint8."""
+        return to_bytes(prediction)
+
+    def add_saved(self, metric: EdgeScores, saved: Tensor, target: Tensor) -> None:
+        for p, t in zip(saved[:, 0].double().numpy() / 255, target.numpy(), strict=True):
+            metric.update_probability(p, t)
 
     def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
         return colour_grey(x, self.name, is_prediction)

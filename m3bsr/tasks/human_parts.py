@@ -19,6 +19,7 @@ class HumanParts(Task):
     name = "human_parts"
     main_metric = "miou"
     higher_is_better = True
+    saved_suffixes = (".png",)
     default_weight = 2.0
 
     def __init__(self, num_classes: int = 7) -> None:
@@ -29,6 +30,13 @@ class HumanParts(Task):
 
     def metric(self) -> MeanIoU:
         return MeanIoU(self.num_channels)
+
+    def to_saved(self, prediction: Tensor) -> Tensor:
+        """Classes from 0, uint8."""
+        return prediction.argmax(dim=1, keepdim=True).to(torch.uint8)
+
+    def add_saved(self, metric: MeanIoU, saved: Tensor, target: Tensor) -> None:
+        metric.update_labels(saved, target)
 
     def example_target(self, batch_size: int, size: tuple[int, int]) -> Tensor:
         return torch.zeros(batch_size, 1, *size, dtype=torch.int64)

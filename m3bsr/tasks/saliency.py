@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3bsr.losses import balanced_bce
 from m3bsr.metrics.saliency import SaliencyScores
-from m3bsr.tasks.base import Task, colour_grey
+from m3bsr.tasks.base import Task, colour_grey, to_bytes
 
 
 class Saliency(Task):
@@ -19,6 +19,7 @@ class Saliency(Task):
     num_channels = 1
     main_metric = "miou"
     higher_is_better = True
+    saved_suffixes = (".png",)
     default_weight = 5.0
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -26,6 +27,13 @@ class Saliency(Task):
 
     def metric(self) -> SaliencyScores:
         return SaliencyScores()
+
+    def to_saved(self, prediction: Tensor) -> Tensor:
+        """``floor(255 p)``, uint8."""
+        return to_bytes(prediction)
+
+    def add_saved(self, metric: SaliencyScores, saved: Tensor, target: Tensor) -> None:
+        metric.update_probability(saved.double() / 255, target)
 
     def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
         return colour_grey(x, self.name, is_prediction)

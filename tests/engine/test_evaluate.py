@@ -57,6 +57,19 @@ def test_labels_of_different_sizes_in_a_batch(tiny, parts):
     assert whole["depth"] == pytest.approx(single["depth"], rel=1e-5) and whole.protocol == "original"
 
 
+def test_flip_averages_with_the_mirrored_prediction(tiny, parts):
+    model, tasks, _, val_set, *_ = parts
+    found = evaluate(model, tasks, eval_loader(val_set, batch_size=2), progress=False, flip=True)
+    batch = collate([val_set[i] for i in range(4)])
+    model.eval()
+    straight, mirrored = (
+        model(x, tasks=("depth",)).predictions["depth"] for x in (batch["image"], batch["image"].flip(-1))
+    )
+    assert not torch.allclose(straight, mirrored.flip(-1), atol=1e-3)
+    error = (straight + mirrored.flip(-1)) / 2 - batch["depth"]
+    assert found["depth"]["rmse"] == pytest.approx(error.square().mean().sqrt().item(), rel=1e-4)
+
+
 def test_an_empty_set_is_a_user_error(parts):
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(*parts[:2], [], progress=False)

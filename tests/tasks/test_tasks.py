@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3bsr.data import transforms
 from m3bsr.metrics.base import Metric
 from m3bsr.tasks import TASKS, Task
 from m3bsr.tasks.base import label_palette
@@ -143,6 +144,40 @@ def test_loss_at_a_stride_follows_the_full_loss(name):
     full = task.loss(constant.expand(-1, -1, 64, 64), target)
     sampled = task.loss(constant.expand(-1, -1, 32, 32), small)
     assert float(sampled) == pytest.approx(float(full), rel=0.15)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_saved_predictions_score_as_raw_ones(name):
+    """Classes and metres to the bit, unit vectors to float32, probabilities to 1 / 255."""
+    task, prediction, target = make(name)
+    saved = task.to_saved(prediction)
+    assert saved.shape == (2, task.saved_channels, 17, 23)
+    assert saved.dtype == (torch.uint8 if task.saved_suffixes[0] == ".png" else torch.float32)
+    raw, read = task.metric(), task.metric()
+    raw.update(prediction, target)
+    task.add_saved(read, saved, target)
+    exact = name in ("semseg", "human_parts", "depth")
+    for metric, value in raw.compute().items():
+        if exact or metric.startswith("max_f"):
+            assert read.compute()[metric] == value
+        elif metric != "threshold":  # which of two nearly equal ones is best may change
+            assert read.compute()[metric] == pytest.approx(value, abs=1e-4 if name == "normals" else 0.02)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_mirrored_target_is_the_target_of_the_mirrored_image(name):
+    task, prediction, target = make(name)
+    kind = {"normals": transforms.Normals, "depth": transforms.Depth}.get(name, transforms.Edge)
+    for image, label in zip(task.mirrored(target), target, strict=True):
+        assert torch.equal(image, transforms.flip({name: kind(label)})[name].as_subclass(torch.Tensor))
+    assert torch.equal(task.mirrored(task.mirrored(prediction)), prediction)
+
+
+def test_averages():
+    a, b = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1), torch.tensor([0.0, 0, 9]).view(1, 3, 1, 1)
+    mean = TASKS["normals"]().average([a, b])
+    assert torch.allclose(mean.flatten(), torch.tensor([0.5, 0, 0.5]), atol=1e-6), "lengths do not count"
+    assert torch.equal(TASKS["depth"]().average([a, b]), (a + b) / 2)
 
 
 def test_palette_is_distinct_and_ignore_is_black():

@@ -1,0 +1,135 @@
+"""``tools/score.py DIR --data.root ROOT``: metrics of predictions that lie on disk, of whatever model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from m3bsr.build import build_tasks
+from m3bsr.cli.common import metrics_table, one_line_errors, write_json
+from m3bsr.cli.evaluate import PROTOCOLS
+from m3bsr.config import Config, DataConfig
+from m3bsr.data import DATASETS
+from m3bsr.engine.predictions import read_about, read_saved, saved_file
+from m3bsr.tasks.base import Task
+from m3bsr.tasks.scoring import Scorer
+from m3bsr.utils.constants import IGNORE
+from m3bsr.utils.lookup import lookup
+
+MAX_FAULTS = 20
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the metrics and write them to ``DIR/scores-PROTOCOL.json``; exit code 0, or 2 for faulty predictions."""
+    parser = argparse.ArgumentParser(
+        prog="tools/score.py",
+        description="Score saved predictions, DIR/<task>/<name>.png|npy|mat (formats: m3bsr/engine/predictions.py).",
+        epilog="What tools/evaluate.py --save-predictions wrote knows its data set, split and protocol.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--data.root", dest="root", required=True, help="folder of the data")
+    parser.add_argument("--data.name", dest="name", help="data set (a name in m3bsr.data.DATASETS), default nyud")
+    parser.add_argument("--data.tasks", dest="tasks", nargs="+", metavar="TASK", help="default: the folders in DIR")
+    parser.add_argument("--data.val-split", dest="split", help="split to score, default val")
+    parser.add_argument("--data.max-val", dest="max_val", type=int, help="only the first so many images")
+    parser.add_argument("--protocol", help=f"{PROTOCOLS.partition('; ')[2]}; default original")
+    parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes that score edges")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"no such folder of predictions: {args.folder}")
+    known = read_about(args.folder)
+    protocol = args.protocol or known.get("protocol", "original")
+    if protocol == "network":
+        if "network_size" not in known:
+            raise ValueError("--protocol network: only evaluation knows the network; say resized:HxW")
+        protocol = "resized:{}x{}".format(*known["network_size"])
+    data = known.get("data", {})
+    config = Config(
+        data=DataConfig(
+            name=args.name or data.get("name", "nyud"),
+            root=args.root,
+            tasks=tuple(args.tasks or ()) or tasks_in(args.folder, args.name or data.get("name", "nyud")),
+            val_split=args.split or data.get("split", "val"),
+            max_val=args.max_val or data.get("max_val"),
+        )
+    )
+    report, faults = score(args.folder, config, protocol, num_workers=args.num_workers)
+    for fault in faults[:MAX_FAULTS]:
+        print(f"error: {fault}", file=sys.stderr)
+    if faults:
+        more = f"; the first {MAX_FAULTS} are above" if len(faults) > MAX_FAULTS else ""
+        raise ValueError(f"{len(faults)} predictions of {args.folder} cannot be scored{more}")
+    write_json(args.out or args.folder / f"scores-{protocol.replace(':', '-')}.json", report)
+    print(f"{report['num_images']} images of {config.data.name}, split {config.data.val_split}")
+    print(metrics_table(report["metrics"], protocol))
+    return 0
+
+
+def tasks_in(folder: Path, dataset: str) -> tuple[str, ...]:
+    """The tasks of a data set that a folder of predictions has folders for.
+
+    Raises:
+        ValueError: none.
+    """
+    known = lookup(DATASETS, dataset, "--data.name").known_tasks
+    found = tuple(task for task in known if (folder / task).is_dir())
+    if not found:
+        raise ValueError(f"{folder} has no folder of a task of {dataset} ({', '.join(known)})")
+    return found
+
+
+def score(
+    folder: Path, config: Config, protocol: str, *, num_workers: int = 0, progress: bool = True
+) -> tuple[dict[str, Any], list[str]]:
+    """Metrics of the predictions in ``folder`` as plain data, and a line for each that cannot be scored.
+
+    An image without any valid label of a task needs no prediction for it.
+
+    Raises:
+        FileNotFoundError, ValueError: faulty data, or a task without answers per pixel.
+    """
+    tasks, data = build_tasks(config), config.data
+    if flat := [name for name, task in tasks.items() if not task.dense]:
+        raise ValueError(f"--data.tasks: {flat[0]} has one answer per image; scores are for answers per pixel")
+    labels = DATASETS[data.name](data.root, data.val_split, data.tasks, max_samples=data.max_val, target_size=protocol)
+    metrics: dict[str, Any] = {name: task.metric() for name, task in tasks.items()}
+    faults: list[str] = []
+    with Scorer(num_workers) as scorer:
+        for index in tqdm(range(len(labels)), desc="score", unit="image", leave=False, disable=not progress):
+            sample = labels[index]
+            for name, task in tasks.items():
+                if not (sample[name] != IGNORE).any():
+                    continue
+                path = saved_file(folder, name, task.saved_suffixes, sample["name"])
+                try:
+                    saved = read_matching(task, path, sample[name], protocol)
+                    scorer.add(task, metrics[name], saved[None], sample[name][None], saved=True)
+                except (ValueError, OSError) as error:
+                    faults.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+        scorer.finish()
+    scores = {name: metric.compute() for name, metric in metrics.items()}
+    about = {"predictions": str(folder), "protocol": protocol, "num_images": len(labels)}
+    return {**about, "data": {"name": data.name, "split": data.val_split}, "metrics": scores}, faults
+
+
+def read_matching(task: Task, path: Path, target: Tensor, protocol: str) -> Tensor:
+    """A saved prediction that has the size of its label.
+
+    Raises:
+        FileNotFoundError, ValueError: it has not, see also ``read_saved``.
+    """
+    saved = read_saved(task, path)
+    if saved.shape[-2:] != target.shape[-2:]:
+        sizes = ["{}x{}".format(*x.shape[-2:]) for x in (saved, target)]
+        raise ValueError(f"{path} is {sizes[0]} pixels, its label {sizes[1]} (protocol {protocol})")
+    return saved

@@ -102,7 +102,7 @@ def evaluate_run(
             predictions that holds something.
     """
     where = pick_device(device)
-    parse_target_size(protocol)
+    parse_target_size(protocol, "--protocol")
     changes = {name: value for name, value in (changes or {}).items() if value is not None}
     config, model, folder = open_run(run, checkpoint, {n: v for n, v in changes.items() if n.startswith("bsr.")})
     config = replace(config, changes)

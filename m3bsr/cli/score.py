@@ -17,6 +17,7 @@ from m3bsr.cli.common import metrics_table, one_line_errors, write_json
 from m3bsr.cli.evaluate import PROTOCOLS
 from m3bsr.config import Config, DataConfig
 from m3bsr.data import DATASETS
+from m3bsr.data.dense import parse_target_size
 from m3bsr.engine.predictions import read_about, read_saved, saved_file
 from m3bsr.tasks.base import Task
 from m3bsr.tasks.scoring import Scorer
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "network_size" not in known:
             raise ValueError("--protocol network: only evaluation knows the network; say resized:HxW")
         protocol = "resized:{}x{}".format(*known["network_size"])
+    parse_target_size(protocol, "--protocol")
     data = known.get("data", {})
     config = Config(
         data=DataConfig(

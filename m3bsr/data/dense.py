@@ -151,15 +151,15 @@ class DenseImages(Dataset, ABC):
         return found
 
 
-def parse_target_size(text: str) -> tuple[int, int] | None:
+def parse_target_size(text: str, name: str = "target_size") -> tuple[int, int] | None:
     """The size in ``"resized:HxW"``; None for ``"network"`` and ``"original"``.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, under ``name``.
     """
     found = re.fullmatch(r"resized:([1-9]\d*)x([1-9]\d*)", text)
     if found is None and text not in ("network", "original"):
-        raise ValueError(f"a protocol is network, original or resized:HxW (resized:448x448), got {text!r}")
+        raise ValueError(f"{name} must be network, original or resized:HxW, such as resized:448x448; got {text!r}")
     return (int(found[1]), int(found[2])) if found else None
 
 

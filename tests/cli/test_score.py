@@ -150,7 +150,7 @@ def test_every_faulty_file_is_a_line(root, saved, capsys) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (["--protocol", "resized:0x9"], "a protocol is network, original or resized:HxW"),
+        (["--protocol", "resized:0x9"], "--protocol must be network, original or resized:HxW"),
         (["--data.tasks", "saliency"], "saliency"),
         (["--data.root", "no/where"], "no/where"),
         (["--data.val-split", "test"], "test.txt"),
@@ -166,7 +166,7 @@ def test_nothing_is_overwritten_and_a_folder_without_tasks_is_named(run, root, s
     assert evaluate.main([str(run), "--save-predictions", str(saved)]) == 2
     assert f"{saved} exists already" in capsys.readouterr().err
     assert evaluate.main([str(run), "--protocol", "full"]) == 2
-    assert "a protocol is network, original or resized:HxW" in capsys.readouterr().err
+    assert "--protocol must be network, original or resized:HxW" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert score.main([str(tmp_path / "empty"), "--data.root", str(root)]) == 2
     assert "has no folder of a task of nyud" in capsys.readouterr().err

@@ -75,6 +75,9 @@ def test_original_size_leaves_labels_alone_and_batches_of_mixed_sizes_are_lists(
     network = NYUD(root, "train", TASK_NAMES, transform=transform)
     original = NYUD(root, "train", TASK_NAMES, transform=transform, target_size="original")
     plain = NYUD(root, "train", TASK_NAMES)
+    resized = NYUD(root, "train", TASK_NAMES, transform=transform, target_size="resized:48x64")
+    assert all(torch.equal(resized[0][name], network[0][name]) for name in ("image", *TASK_NAMES))
+    assert NYUD(root, "train", TASK_NAMES, target_size="resized:9x7")[0]["semseg"].shape == (1, 9, 7)
     assert torch.equal(network[0]["image"], original[0]["image"])
     for task in TASK_NAMES:
         assert network[0][task].shape[-2:] == (48, 64)

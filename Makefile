@@ -22,7 +22,7 @@ help:
 	@echo "make test    all quick tests (ARGS=\"-k plan\" picks some)"
 	@echo "make check   format, lint, types, layers"
 	@echo "make format  let ruff mend what it can"
-	@echo "make bench   experts against dense MLPs, BSR against full fine-tuning"
+	@echo "make bench   published counts beside ours, experts against dense MLPs, BSR against full fine-tuning"
 
 env: $(STAMP)
 
@@ -50,6 +50,7 @@ format: env
 	$(PY) -m ruff check --fix .
 
 bench: env
+	$(PY) tools/reference.py
 	$(PY) tools/bench_moe.py
 	$(PY) tools/bench_attention.py
 	$(PY) tools/bench.py

@@ -108,10 +108,14 @@ def measure(config: Config, *, model: nn.Module | None = None, repeats: int = 5)
 def as_text(report: CostReport, predicted: int | None = None) -> str:
     """The report for people; ``predicted``: peak in bytes."""
     low, high = report.step_ms_quartiles
+    again = f", {number(report.fused_again_gmacs, 3)} of it Q K^T again in fused attention"
     lines = [
         ("trained parameters", f"{report.trainable_params:,} of {report.total_params:,}"),
         ("forward pass", f"{number(report.forward_gmacs)} GMACs a sample"),
-        ("training step", f"{number(report.train_step_gmacs)} GMACs a sample"),
+        (
+            "training step",
+            f"{number(report.train_step_gmacs)} GMACs a sample{again if report.fused_again_gmacs else ''}",
+        ),
         ("stored for backward", f"{megabytes(report.saved_bytes_per_sample)} a sample"),
         ("gradients", megabytes(report.gradient_bytes)),
         ("optimizer state", megabytes(report.state_bytes)),

@@ -42,6 +42,8 @@ class CostReport:
     step_ms_quartiles: tuple[float, float]
     batch_size: int
     device: str
+    fused_again_gmacs: float = 0.0
+    """Of `train_step_gmacs`: Q K^T that fused attention computes a second time; counts on paper leave it out."""
     gmacs_by_module: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Per sample, forward and backward."""
 
@@ -110,6 +112,7 @@ def measure_step(
         step_ms_quartiles=timing.spread_ms,
         batch_size=batch_size,
         device=_device_name(device),
+        fused_again_gmacs=macs.fused_again / batch_size / 1e9,
         gmacs_by_module=_per_sample(macs, batch_size, module_depth),
     )
 

@@ -149,8 +149,7 @@ class PredictedCosts:
         backbone: Any = job.model.get_submodule("backbone")
         self.batch_size, self.full = len(job.batch["image"]), predict(job, Plan())
         height, width = job.batch["image"].shape[-2:]
-        rows, columns = backbone.patch_embed.dynamic_feat_size((height, width))
-        self.shape = backbone_shape(backbone, rows * columns, len(job.tasks))
+        self.shape = backbone_shape(backbone, (height, width), len(job.tasks))
         self.dense = any(task.dense for task in job.tasks.values())
         self._precision = precision_of(job.device, job.precision)
         self._behind = self.full.parts[-1][1]

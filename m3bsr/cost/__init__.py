@@ -2,7 +2,7 @@
 under a plan, which is what ``suggest_plan`` chooses by."""
 
 from m3bsr.cost.flops import MacCount, MacCounter, count_macs
-from m3bsr.cost.measure import CostReport, measure_step
+from m3bsr.cost.measure import CostReport, measure_step, step_peak
 from m3bsr.cost.memory import peak_growth, resident_growth
 from m3bsr.cost.params import optimizer_state_bytes, parameter_cost
 from m3bsr.cost.predict import Precision, Prediction, predict_step
@@ -30,6 +30,7 @@ __all__ = [
     "published_plan",
     "resident_growth",
     "search_plans",
+    "step_peak",
     "suggest_plan",
     "time_interleaved",
     "time_steps",

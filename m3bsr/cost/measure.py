@@ -91,14 +91,13 @@ def measure_step(
 
     optimizer.zero_grad(set_to_none=True)
     timing = time_steps(step, repeats=repeats, warmup=max(warmup, 1), device=device)
-    growth = peak_growth(step, device)
+    peak = step_peak(step, model, optimizer, inputs)
     with SavedBytes(model, tensors_in(inputs)) as saved:
         kept = loss()
     del kept
     macs = count_macs(lambda: loss().backward(), model)
     optimizer.zero_grad(set_to_none=True)
     parameters = parameter_cost(model)
-    lasting = [*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *tensors_in(inputs)]
     return CostReport(
         trainable_params=parameters.trainable,
         total_params=parameters.total,
@@ -107,7 +106,7 @@ def measure_step(
         saved_bytes_per_sample=saved.bytes // batch_size,
         state_bytes=optimizer_state_bytes(optimizer),
         gradient_bytes=parameters.gradient_bytes,
-        measured_peak_bytes=storage_bytes(lasting, device) + growth,
+        measured_peak_bytes=peak,
         step_ms=timing.median_ms,
         step_ms_quartiles=timing.spread_ms,
         batch_size=batch_size,
@@ -115,6 +114,16 @@ def measure_step(
         fused_again_gmacs=macs.fused_again / batch_size / 1e9,
         gmacs_by_module=_per_sample(macs, batch_size, module_depth),
     )
+
+
+def step_peak(step: Callable[[], None], model: nn.Module, optimizer: Optimizer, inputs: Any) -> int:
+    """Run ``step`` once: the highest sum of all that was alive, parameters, buffers, state and inputs with it.
+
+    Run it once before, so that the optimizer has its state."""
+    device = next(model.parameters()).device
+    growth = peak_growth(step, device)
+    lasting = [*model.parameters(), *model.buffers(), *optimizer_tensors(optimizer), *tensors_in(inputs)]
+    return storage_bytes(lasting, device) + growth
 
 
 def _per_sample(macs: MacCount, batch_size: int, depth: int) -> dict[str, tuple[float, float]]:

@@ -27,6 +27,7 @@ from m3bsr.bsr.selectors import SELECTORS
 from m3bsr.bsr.tokens import num_kept
 from m3bsr.bsr.trainable import HEAD_PATHS
 from m3bsr.cost.information import vit_of
+from m3bsr.cost.scratch import convolution_growth
 from m3bsr.cost.stages import (
     FLOAT,
     INDEX,
@@ -44,8 +45,6 @@ from m3bsr.plan import Plan
 from m3bsr.utils.lookup import lookup
 
 Parts = list[tuple[str, Stage]]
-# oneDNN's weight gradient of the patch embedding: 4.1 to 5 times the weight.
-CONV_SCRATCH = 5
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,18 @@ class BackboneShape:
     num_patches: int
     num_prefix: int
     has_class_token: bool
-    patch_params: int
-    """Weights of the patch embedding."""
+    image_size: tuple[int, int]
+    patch_weight: tuple[int, ...]
+    """Shape of the patch embedding's weight."""
     embedding_params: int
     """All parameters before the first block."""
     fork_at: int | None = None
     """First block whose experts depend on the task: from its MLP on there is a row per image and task."""
     num_tasks: int = 1
+
+    @property
+    def patch_params(self) -> int:
+        return math.prod(self.patch_weight)
 
     @property
     def depth(self) -> int:
@@ -74,28 +78,30 @@ class BackboneShape:
 
 
 def backbone_shape(
-    vit: VisionTransformer, num_patches: int | None = None, num_tasks: int | None = None
+    vit: VisionTransformer, image_size: tuple[int, int] | None = None, num_tasks: int | None = None
 ) -> BackboneShape:
     """Read the sizes of ``vit``.
 
     Args:
-        num_patches: of the images it will see (default: its own image size).
+        image_size: of the images it will see (default: its own).
         num_tasks: that it will be asked for at once (default: all that it knows).
 
     Raises:
         ValueError: a block without a formula.
     """
     num_tasks = len(getattr(vit, "tasks", ("task",))) if num_tasks is None else num_tasks
+    height, width = image_size or vit.patch_embed.img_size
     shapes = tuple(block_shape(block) for block in vit.blocks)
     blocks: list[Any] = list(vit.blocks)
     forks = [i for i, block in enumerate(blocks) if getattr(block.mlp, "task_dependent", False)]
     behind = ("blocks.", "norm.", "fc_norm.", "head.", "head_dist.", "attn_pool.", "bsr_adapters.")
     return BackboneShape(
         shapes,
-        vit.patch_embed.num_patches if num_patches is None else num_patches,
+        math.prod(vit.patch_embed.dynamic_feat_size((height, width))),
         vit.num_prefix_tokens,
         vit.has_class_token,
-        vit.patch_embed.proj.weight.numel(),
+        (height, width),
+        tuple(vit.patch_embed.proj.weight.shape),
         sum(p.numel() for name, p in vit.named_parameters() if not name.startswith(behind)),
         forks[0] if forks and num_tasks > 1 else None,
         num_tasks,
@@ -108,6 +114,8 @@ class Precision:
 
     autocast: bool = False
     written_out: int = 0
+    device: str = "cpu"
+    """Kind of device, for the scratch space of its libraries."""
 
 
 def backbone_parts(
@@ -129,7 +137,7 @@ def backbone_parts(
     kind = "class_row" if shape.has_class_token else "received"
     restored = restored or plan.restore_before is not None
     rows = batch_size
-    parts: Parts = [("embedding", _embedding(shape, rows, plan.train_blocks == "all"))]
+    parts: Parts = [("embedding", _embedding(shape, rows, plan.train_blocks == "all", how))]
     experts = _trained_experts(shape, plan, roles)
     for i, block in enumerate(shape.blocks):
         graph = i >= roles.first_trained
@@ -157,19 +165,26 @@ def backbone_parts(
     return parts
 
 
-def _embedding(shape: BackboneShape, rows: int, trained: bool) -> Stage:
-    """Patches, prefix tokens before them, positions added to both; trained: scratch space of the convolution."""
+def _embedding(shape: BackboneShape, rows: int, trained: bool, how: Precision) -> Stage:
+    """Patches, prefix tokens before them, positions added to both; the convolution with the library's scratch space.
+
+    Trained under autocast it stores images and weight in 16 bits."""
     patches, tokens = rows * shape.num_patches, rows * (shape.num_patches + shape.num_prefix)
     macs = patches * shape.patch_params
+    growth = convolution_growth(shape.patch_weight, shape.image_size, how.device, how.autocast)
+    forward, backward = (one + (rows - 1) * more for one, more in growth)
+    channels, height, width = shape.patch_weight[1], *shape.image_size
+    stored = 2 * (rows * channels * height * width + shape.patch_params) if trained and how.autocast else 0
     gradient = FLOAT * shape.embedding_params if trained else 0
+    # by the time of the convolution the gradients of positions and prefix tokens are there
+    others = gradient - FLOAT * shape.patch_params + FLOAT * shape.dim * (tokens + patches)
     return Stage(
-        forward_peak=FLOAT * shape.dim * (patches + 2 * tokens),
-        backward_peak=FLOAT * (shape.dim * (tokens + patches) + CONV_SCRATCH * shape.patch_params) + gradient
-        if trained
-        else 0,
-        gradient=gradient,
-        forward_macs=macs,
-        backward_macs=macs if trained else 0,
+        stored,
+        round(max(forward, stored + FLOAT * shape.dim * (patches + 2 * tokens))),
+        round(stored + others + backward) if trained else 0,
+        gradient,
+        macs,
+        macs if trained else 0,
     )
 
 
@@ -249,11 +264,11 @@ def peak_above_lasting(parts: Sequence[tuple[str, Stage]], embedded: int = 0) ->
     return max(points)
 
 
-OPTIMIZER_COPIES = {"adamw": 2, "sgd": 1}
+OPTIMIZER_COPIES = {"adamw": 2, "sgd": 1, "fused adamw": 2, "fused sgd": 1}
 """Tensors of state a parameter that trains."""
-OPTIMIZER_TEMPORARIES = {"adamw": 3, "sgd": 1}
+OPTIMIZER_TEMPORARIES = {"adamw": 3, "sgd": 1, "fused adamw": 0, "fused sgd": 0}
 """Tensors of the size of a parameter while it is updated. AdamW: the denominator, twice, and that of the
-parameter before, which is as large among those with weight decay; SGD: the gradient with weight decay."""
+parameter before, which is as large among those with weight decay; SGD: the gradient with weight decay. Fused: none."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +366,7 @@ def predict_step(
         behind: ``behind(copy, features [rows, N, D]) -> loss``: what runs behind the last block, on a copy of the model
             without content; by default timm's final norm, pooling and classifier, and cross-entropy.
         input_bytes: images and targets; by default fp32 images and int64 labels.
-        optimizer: ``adamw`` or ``sgd`` (with momentum).
+        optimizer: ``adamw`` or ``sgd`` (with momentum), ``fused adamw`` or ``fused sgd`` (PyTorch's fused update).
         restored: ``behind`` gets the whole grid, dropped tokens restored (dense tasks).
         num_tasks: tasks at once, by default all that the model knows; with task gates each has its own tokens.
 
@@ -361,7 +376,7 @@ def predict_step(
     vit = vit_of(model)
     lookup(OPTIMIZER_COPIES, optimizer, "optimizer")
     height, width = image_size or vit.patch_embed.img_size
-    shape = backbone_shape(vit, math.prod(vit.patch_embed.dynamic_feat_size((height, width))), num_tasks)
+    shape = backbone_shape(vit, (height, width), num_tasks)
     parts = backbone_parts(shape, plan, batch_size, restored=restored, precision=precision)
     whole = shape.num_prefix + shape.num_patches
     left = tokens_left(plan, shape.num_patches, shape.num_prefix, shape.depth)

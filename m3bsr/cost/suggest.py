@@ -213,7 +213,7 @@ class _Costs:
         hook.remove()
         twin.zero_grad(set_to_none=True)
         self.batch_size = seen[0][0]
-        self.shape: BackboneShape = backbone_shape(vit, math.prod(vit.patch_embed.dynamic_feat_size(seen[0][-2:])))
+        self.shape: BackboneShape = backbone_shape(vit, (seen[0][-2], seen[0][-1]))
         with SavedBytes(twin, tensors_in(batch)) as saved:
             loss(twin, batch)
         self._behind = count_macs(step, twin).total

@@ -51,17 +51,23 @@ def predict(job: StepJob, plan: Plan | None = None) -> Prediction:
         image_size=(images.shape[-2], images.shape[-1]),
         behind=behind,
         input_bytes=sum(job.batch[name].nbytes for name in shapes),
-        optimizer="sgd" if isinstance(job.optimizer, torch.optim.SGD) else "adamw",
+        optimizer=kind_of(job.optimizer),
         precision=precision_of(job.device, job.precision),
         restored=dense,
         num_tasks=len(job.tasks),
     )
 
 
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """Its name in ``m3bsr.cost.predict.OPTIMIZER_COPIES``."""
+    name = "sgd" if isinstance(optimizer, torch.optim.SGD) else "adamw"
+    return f"fused {name}" if optimizer.defaults.get("fused") else name
+
+
 def precision_of(device: torch.device, precision: str) -> Precision:
     """What autocast means for the formulas: 16 bits, and up to how many tokens attention is written out."""
     dtype = PRECISIONS[precision]
     if dtype is None:
-        return Precision()
+        return Precision(device=device.type)
     tokens = [n for n in range(64, 4097, 64) if use_explicit_attention(device, dtype, n, needs_grad=True)]
-    return Precision(autocast=True, written_out=max(tokens, default=0))
+    return Precision(True, max(tokens, default=0), device.type)

@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from m3bsr.cli import reference
-from m3bsr.cli.reference import PUBLISHED, ROWS, main
+from m3bsr.cli.reference import PUBLISHED, ROWS, count_step, main
 from m3bsr.cost import MacCount
 
 VIT, DEIT = "vit_base_patch16_224", "deit_small_patch16_224"
@@ -22,7 +22,7 @@ POINTS = [
 
 @functools.cache
 def counted(model: str, row: str) -> MacCount:
-    return reference.count_step(model, *ROWS[row])
+    return count_step(model, *ROWS[row])
 
 
 @pytest.mark.parametrize(("model", "row"), POINTS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from m3bsr.moe.backends import fmoe, grouped, grouped_mm, loop, low_memory
+from m3bsr.moe.backends.shared_out import run_shared_out
 from m3bsr.moe.experts import Experts
 from m3bsr.utils.lookup import lookup
 
@@ -60,6 +61,9 @@ def run_experts(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: E
     """`y_t = sum_k weights[t, k] * expert[experts[t, k]](x_t)` for tokens `[T, D]`; no capacity, no token is lost."""
     chosen = resolve_backend(backend, x_TD, experts)
     dtype = compute_dtype(x_TD)
-    y_TD = chosen.run(x_TD.to(dtype), weights_TK.to(dtype), experts_TK, experts)
+    if experts.mesh is None:
+        y_TD = chosen.run(x_TD.to(dtype), weights_TK.to(dtype), experts_TK, experts)
+    else:
+        y_TD = run_shared_out(x_TD.to(dtype), weights_TK.to(dtype), experts_TK, experts, chosen.run)
     assert y_TD.shape == x_TD.shape
     return y_TD

@@ -31,14 +31,14 @@ def missing() -> str | None:
 def why_not(device: torch.device, dtype: torch.dtype, experts: Experts) -> str | None:
     if device.type != "cuda":
         return f"fastmoe has CUDA kernels only, the tokens are on {device.type}"
-    if len(experts.trainable()) not in (0, experts.num_experts):
+    if len(experts.trainable()) not in (0, len(experts.held)):
         return "fastmoe computes every weight gradient, and some experts are frozen; use grouped"
     return None
 
 
 def run(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts) -> Tensor:
     linear = importlib.import_module("fmoe.linear").MOELinear.apply
-    plan = plan_dispatch(experts_TK, experts.num_experts)
+    plan = plan_dispatch(experts_TK, len(experts.held))
     counts_E = torch.tensor(plan.counts, dtype=torch.int64)
     w1, b1, w2, b2 = (
         torch.stack(params).to(x_TD.dtype)

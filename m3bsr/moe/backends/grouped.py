@@ -34,7 +34,7 @@ def pad_rows(x: Tensor) -> int:
 
 
 def run(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts) -> Tensor:
-    plan = plan_dispatch(experts_TK, experts.num_experts, pad_rows=pad_rows(x_TD))
+    plan = plan_dispatch(experts_TK, len(experts.held), pad_rows=pad_rows(x_TD))
     w1, b1, w2, b2 = (
         [p.to(x_TD.dtype) for p in params]
         for params in (experts.fc1.weights, experts.fc1.biases, experts.fc2.weights, experts.fc2.biases)

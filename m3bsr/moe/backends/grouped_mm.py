@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from m3bsr.moe.backends.grouped import combine_rows, gather_rows
 from m3bsr.moe.dispatch import Dispatch, plan_dispatch
-from m3bsr.moe.experts import Experts
+from m3bsr.moe.experts import ExpertLinears, Experts
 
 
 def missing() -> str | None:
@@ -38,17 +38,17 @@ def is_fast(device: torch.device, dtype: torch.dtype, experts: Experts) -> bool:
     """Whether `auto` should take it: torch's own kernel exists, and all experts train or none does."""
     if device.type != "cuda" or dtype != torch.bfloat16 or missing() or why_not(device, dtype, experts):
         return False
-    uniform = len(experts.trainable()) in (0, experts.num_experts)
+    uniform = len(experts.trainable()) in (0, len(experts.held))
     return uniform and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def run(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts) -> Tensor:
     # Trained experts first: two slabs, and the frozen one asks for no weight gradient.
-    trained = experts.trainable()
-    order = trained + tuple(e for e in range(experts.num_experts) if e not in trained)
+    trained = tuple(e - experts.held.start for e in experts.trainable())
+    order = trained + tuple(e for e in range(len(experts.held)) if e not in trained)
     rank_E = torch.empty(len(order), dtype=torch.int64)
     rank_E[list(order)] = torch.arange(len(order))
-    plan = plan_dispatch(rank_E.to(experts_TK.device)[experts_TK], experts.num_experts)
+    plan = plan_dispatch(rank_E.to(experts_TK.device)[experts_TK], len(order))
     x_RD = gather_rows(x_TD, plan)
     parts = []
     for first, end in ((0, len(trained)), (len(trained), len(order))):
@@ -65,12 +65,13 @@ def _slab(x_RD: Tensor, plan: Dispatch, ids: tuple[int, ...], first: int, expert
     return _linear(h_RH, counts_E, ids, experts.fc2)
 
 
-def _linear(x_RI: Tensor, counts_E: Tensor, ids: tuple[int, ...], linears: Any) -> Tensor:
+def _linear(x_RI: Tensor, counts_E: Tensor, ids: tuple[int, ...], linears: ExpertLinears) -> Tensor:
+    weights, biases = linears.weights, linears.biases
     if x_RI.shape[0] == 0:  # grouped_mm refuses no rows at all; a trained expert still gets its zero gradient
-        touched = sum((linears[e].weight.sum() + linears[e].bias.sum()) * 0 for e in ids).to(x_RI.dtype)
-        return x_RI.new_zeros(0, linears[ids[0]].weight.shape[0]) + (touched + x_RI.sum())
-    weight_EOI = torch.stack([linears[e].weight for e in ids]).to(x_RI.dtype)
-    bias_EO = torch.stack([linears[e].bias for e in ids]).to(x_RI.dtype)
+        touched = torch.stack([weights[e].sum() + biases[e].sum() for e in ids]).sum() * 0
+        return x_RI.new_zeros(0, weights[ids[0]].shape[0]) + (touched.to(x_RI.dtype) + x_RI.sum())
+    weight_EOI = torch.stack([weights[e] for e in ids]).to(x_RI.dtype)
+    bias_EO = torch.stack([biases[e] for e in ids]).to(x_RI.dtype)
     weight_EOI = _MaskEmpty.apply(weight_EOI, counts_E)
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     y_RO = F.grouped_mm(x_RI.contiguous(), weight_EOI.transpose(1, 2), offs=offsets_E)

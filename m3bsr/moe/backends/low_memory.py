@@ -28,7 +28,7 @@ def why_not(device: torch.device, dtype: torch.dtype, experts: Experts) -> str |
 
 
 def run(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, experts: Experts) -> Tensor:
-    plan = plan_dispatch(experts_TK, experts.num_experts, pad_rows=pad_rows(x_TD))
+    plan = plan_dispatch(experts_TK, len(experts.held), pad_rows=pad_rows(x_TD))
     params = [*experts.fc1.weights, *experts.fc1.biases, *experts.fc2.weights, *experts.fc2.biases]
     return _WholeLayer.apply(x_TD, weights_TK, plan, *params)
 

@@ -189,6 +189,9 @@ class LossConfig:
     """Weight per task; tasks left out take their default."""
     balance: Literal["fixed", "uncertainty", "dwa"] = "fixed"
     """What becomes of the weights on the way (m3bsr.engine.balance.BALANCES)."""
+    conflict: str = "none"
+    """What makes one gradient of those of the tasks (m3bsr.engine.conflict.CONFLICTS: pcgrad, cagrad, nash_mtl, upgrad,
+    mgda, imtl_g, aligned_mtl ...; pip install 'm3bsr[mtl]'); none adds them up."""
     stride: int = 1
     """Compute training losses at 1/stride of the resolution (evaluation stays exact)."""
     label_smoothing: float = 0.0

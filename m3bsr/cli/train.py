@@ -141,6 +141,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         ema_decay=config.train.ema_decay,
         loss_weights=config.loss.weights,
         loss_balance=config.loss.balance,
+        loss_conflict=config.loss.conflict,
         loss_stride=config.loss.stride,
         balance_weight=config.moe.balance_weight,
         z_weight=config.moe.z_weight,

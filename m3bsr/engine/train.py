@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from m3bsr.engine.balance import BALANCES
+from m3bsr.engine.conflict import make_gradients
 from m3bsr.engine.damaged import KEY, DamagedSamples
 from m3bsr.engine.ema import Ema
 from m3bsr.engine.evaluate import Metrics, evaluate, labelled, score
@@ -64,6 +65,7 @@ def train(
     ema_decay: float = 0.0,
     loss_weights: Mapping[str, float] | None = None,
     loss_balance: str = "fixed",
+    loss_conflict: str = "none",
     loss_stride: int = 1,
     balance_weight: float = 0.0,
     z_weight: float = 0.0,
@@ -95,6 +97,7 @@ def train(
         max_steps: an end before ``epochs`` are over.
         loss_weights: per task, the task's default where it has none.
         loss_balance: rule of ``engine.balance.BALANCES`` that changes these weights on the way.
+        loss_conflict: rule of ``engine.conflict.CONFLICTS`` that makes one gradient of those of the tasks.
         loss_stride: training losses at ``1 / loss_stride`` of the image size: full-size logits can dominate memory.
         ema_decay: of the moving average of the weights (``engine.ema``) that is evaluated, saved, and left in
             ``model`` when the run gets to its end; 0 for none.
@@ -129,6 +132,8 @@ def train(
     saver = Saver(Path(run_dir) / "checkpoints", config_dict, **stateful)
     at = saver.resume(total_steps) if resume else Progress(total_steps)
     balance = lookup(BALANCES, loss_balance, "loss.balance")(weights, epoch_steps, at.loss_balance)
+    aux_weights = {"balance_loss": balance_weight, "z_loss": z_weight}
+    gradients = make_gradients(loss_conflict, trained, tasks, scaler, accumulate, aux_weights)
     log = RunLog(run_dir, start_step=at.step, tensorboard=tensorboard)
     damaged = DamagedSamples({"train": len(train_set), "val": len(val_set)}, max_skipped, at.damaged)
     window, step_ms, waited_ms = Window(at.window), [], 0.0
@@ -194,9 +199,11 @@ def train(
                 # losses, in float32 whatever the precision
                 parts = task_losses(output, targets, tasks, balance.weights(), balance_weight, z_weight)
                 # backward
-                scaler.scale(parts["loss"] / accumulate).backward()
+                gradients.add(parts, balance.weights())
                 for name, part in parts.items():
                     seen.setdefault(name, []).append(part.detach())
+                del output, parts  # what is left of the graph must not live beside the next one
+            gradients.finish()
 
             # step, unless a number is bad; reading the numbers is the only wait for the device
             scaler.unscale_(optimizer)

@@ -117,6 +117,7 @@ def test_a_damaged_checkpoint_is_named_and_a_whole_one_used(job, capsys):
         (["--train.batch-size", "50"], "train.batch_size"),
         (["--train.precision", "fp16"], "fp16 needs a CUDA device"),
         (["--optim.warmup-steps", "9"], "optim.warmup_steps"),
+        (["--loss.conflict", "pcgrd"], "unknown loss.conflict 'pcgrd' (did you mean 'pcgrad'?)"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -157,3 +158,14 @@ def test_top_n_experts_are_counted_trained_and_kept_on_resume(job):
     assert chosen and all(len(experts) == 1 for experts in chosen)
     assert train.main([*argv[:-1], "3", "--run.resume"]) == 0
     assert json.loads((job.run / "config.json").read_text())["bsr"]["train_experts"] == chosen
+
+
+def test_conflict_methods_train_experts_and_frozen_blocks(job):
+    """Accumulated, with experts, task gates, frozen blocks and a frozen prefix; the same twice."""
+    pytest.importorskip("torchjd", reason="TorchJD is not installed: pip install 'm3bsr[mtl]'")
+    argv = [job.config, "--loss.conflict", "pcgrad", "--train.batch-size", "1", "--train.accumulate", "2"]
+    assert train.main([*argv, "--train.max-steps", "2"]) == 0
+    assert train.main([*argv, "--train.max-steps", "2", "--run.dir", str(job.run.with_name("again"))]) == 0
+    first, again = (load_file(d / "checkpoints/last/model.safetensors") for d in (job.run, job.run.with_name("again")))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert json.loads((job.run / "config.json").read_text())["loss"]["conflict"] == "pcgrad"

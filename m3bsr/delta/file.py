@@ -83,7 +83,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: DeltaInfo) -> None:
     try:
         aside.touch()
         mode = aside.stat().st_mode
-        save_file(dict(_storable(tensors)), aside, _to_metadata(info))
+        try:
+            save_file(dict(_storable(tensors)), aside, _to_metadata(info))
+        except SafetensorError as error:  # what a full disk is to safetensors
+            raise OSError(f"could not write {aside}: {one_line(error)}") from None
         aside.chmod(mode)  # safetensors makes it readable by its owner alone
         for place in (aside, path.parent):
             _flush(place)

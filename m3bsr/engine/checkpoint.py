@@ -19,7 +19,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ from m3bsr.utils.foreign import load_tensors, one_line, read_json
 
 FORMAT = "m3bsr checkpoint 1"
 MODEL, STATE, CONFIG, MANIFEST = "model.safetensors", "state.pt", "config.json", "manifest.json"
+
+
+# Names of torch.save's writer in its errors.
+STREAM_WRITER = ("PytorchStreamWriter", "inline_container")
 
 
 class CheckpointError(ValueError):
@@ -67,7 +72,8 @@ def save_checkpoint(
     _remove(aside)
     try:
         aside.mkdir(parents=True)
-        save_file(_storable(model.state_dict()), aside / MODEL)
+        with _only_os_errors(aside / MODEL):
+            save_file(_storable(model.state_dict()), aside / MODEL)
         state = {
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
@@ -76,7 +82,8 @@ def save_checkpoint(
             "rng": get_rng_state(),
             "progress": dict(progress),
         }
-        torch.save(state, aside / STATE)
+        with _only_os_errors(aside / STATE):
+            torch.save(state, aside / STATE)
         (aside / CONFIG).write_text(json.dumps(config, indent=2))
         (aside / MODEL).chmod((aside / CONFIG).stat().st_mode)  # safetensors makes it readable by its owner alone
         sums = {name: _sha256(aside / name) for name in (MODEL, STATE, CONFIG)}
@@ -258,6 +265,17 @@ def resume(
         # whole by its checksum, and yet not what this version writes
         raise CheckpointError(f"checkpoint {folder}: {STATE} does not fit this run ({one_line(error)})") from None
     return dict_of(state["progress"])
+
+
+@contextmanager
+def _only_os_errors(path: Path) -> Iterator[None]:
+    """A full disk is a SafetensorError to safetensors and a RuntimeError to torch.save."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in STREAM_WRITER):
+            raise
+        raise OSError(f"could not write {path}: {one_line(error)}") from None
 
 
 def dict_of(value: Any) -> dict[str, Any]:

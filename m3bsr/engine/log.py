@@ -122,7 +122,8 @@ def _summary_writer(run_dir: Path, start_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(run_dir), purge_step=start_step + 1 if start_step else None)
+    goes_on = any(run_dir.glob("events.out.tfevents.*"))  # also from step 0, after a crash before the first checkpoint
+    return SummaryWriter(str(run_dir), purge_step=start_step + 1 if goes_on else None)
 
 
 def _scalars(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

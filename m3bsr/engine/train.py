@@ -111,7 +111,8 @@ def train(
     Raises:
         ValueError: too few images for a step, a precision that the device lacks, a checkpoint of another model, a
             damaged sample.
-        NonFiniteError: a loss or gradient is NaN or infinite (with fp16 the loss scaler deals with gradients).
+        NonFiniteError: a loss or gradient is NaN or infinite (with fp16 the loss scaler deals with gradients, as long
+            as a smaller scale can help).
     """
     # set-up, or everything as it was when the checkpoint was saved
     device = torch.device(device)
@@ -212,9 +213,9 @@ def train(
             means = [torch.stack(parts_of).mean() for parts_of in seen.values()]
             numbers = torch.stack([*means, grad_norm.float()]).tolist()
             values = dict(zip((*seen, "grad_norm"), numbers, strict=True))
-            check_finite(
-                values, trained, step=at.step, files=files, last_good=saver.last_good, gradients=precision != "fp16"
-            )
+            # an fp16 overflow is for the scaler, which skips the step; below a scale of 1 it is something else
+            strict = precision != "fp16" or scaler.get_scale() < 1
+            check_finite(values, trained, step=at.step, files=files, last_good=saver.last_good, gradients=strict)
             if clip_norm:
                 clip_grads_with_norm_(trained.values(), clip_norm, grad_norm)
             lr, scale = max(group["lr"] for group in optimizer.param_groups), scaler.get_scale()
@@ -283,6 +284,7 @@ def _train_record(
         "step": at.step,
         "epoch": at.step / epoch_steps,
         "losses": losses,
+        **({"num_overflows": at.num_overflows} if at.num_overflows else {}),
         **means,
         "lr": lr,
         "samples_per_s": 1000 * images_per_step / (step_ms + wait_ms),

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def run_trials(folder, kills, writes, seed):
     script = Path(__file__).with_name("process_trials.py")
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("trials")), "--kills", "5", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, str(script), str(folder), "--kills", kills, "--writes", writes, "--seed", seed]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return run_trials(tmp_path_factory.mktemp("trials"), kills=3, writes=3, seed=1)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -32,4 +36,25 @@ def test_signal_to_the_process_group_finishes_the_step_and_leaves_a_checkpoint(r
 def test_killed_at_random_moments_ends_with_the_same_bits(report):
     """Kills hit steps, evaluations and checkpoint writes alike."""
     found = report["SIGKILL"]
-    assert found["kills"] == 5 and found["equal"] and found["equal_logs"]
+    assert found["kills"] == 3 and found["equal"] and found["equal_states"] and found["equal_logs"], found
+
+
+def test_killed_while_a_checkpoint_is_written_ends_with_the_same_bits(report):
+    found = report["SIGKILL while writing"]
+    assert found["kills"] == 3 and found["equal"] and found["equal_states"] and found["equal_logs"], found
+    assert found["tidy"], found
+
+
+def test_a_second_sigint_stops_at_once(report):
+    found = report["SIGINT twice"]
+    assert found["code"] == 130 and found["seconds"] < 30, found
+    assert "Traceback" not in found["output"] and "step 1" not in found["output"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_at_random_moments_and_twenty_while_writing(tmp_path):
+    found = run_trials(tmp_path, kills=20, writes=20, seed=2)
+    for name in ("SIGKILL", "SIGKILL while writing"):
+        assert found[name]["kills"] == 20
+        assert found[name]["equal"] and found[name]["equal_states"] and found[name]["equal_logs"], found

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sized
+from enum import Enum
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torchvision
 from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -19,12 +23,14 @@ from torch.utils.data import Dataset
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, read_weights, task_backbone
 from m3bsr.config import Config, replace
 from m3bsr.data import DATASETS, RECIPES, build_transform
+from m3bsr.data.files import dataset_path
 from m3bsr.data.mix import MixImages
 from m3bsr.data.several import SeveralSets
 from m3bsr.data.transforms import Pipeline
 from m3bsr.engine.damaged import ReplaceDamaged
 from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
+from m3bsr.engine.prefix_cache import PrefixCache
 from m3bsr.engine.schedule import make_schedule
 from m3bsr.heads import HEADS, ClassifierHead, set_output_bias
 from m3bsr.methods import find_method
@@ -290,6 +296,52 @@ def build_batch_transform(config: Config, tasks: Mapping[str, Task]) -> MixImage
     if dense:
         raise ValueError(f"data.mixup and data.cutmix mix classes of whole images, not those of {dense[0]}")
     return MixImages({name: task.num_channels for name, task in tasks.items()}, data.mixup, data.cutmix)
+
+
+def with_fixed_views(config: Config) -> Config:
+    """The config with one view of each sample if it keeps prefixes and does not say how many views."""
+    one = config.bsr.cache_prefix and config.data.num_views is None
+    return replace(config, {"data.num_views": 1}) if one else config
+
+
+def build_prefix_cache(config: Config, train_set: Sized) -> PrefixCache | None:
+    """The cache of what the frozen first blocks give, if asked for.
+
+    Raises:
+        ValueError: together with mixup or CutMix, which make new pictures in every epoch.
+    """
+    data, views = config.data, config.data.num_views
+    if not config.bsr.cache_prefix:
+        return None
+    if data.mixup or data.cutmix:
+        raise ValueError("bsr.cache_prefix keeps fixed views of single pictures: set data.mixup and data.cutmix to 0")
+    assert views is not None, "see with_fixed_views"
+    roots = {t: member.data.root for t, member in members(config).items()} if data.sets else {data.name: data.root}
+    key = {
+        "backbone": config.model.backbone,
+        "data": {name: str(dataset_path(root).resolve()) for name, root in roots.items()},
+        "split": [data.name, data.sets, data.train_split, data.max_train, len(train_set)],
+        "transform": [torchvision.__version__, _described(transform_of(config, train=True))],
+        "views": [config.run.seed, views],
+        "batch_size": config.train.batch_size,
+    }
+    root = Path(config.run.cache_dir or Path(config.run.dir) / "prefix_cache")
+    return PrefixCache(root, key, data.image_size, len(train_set) * views)
+
+
+def _described(value: Any) -> Any:
+    """What transforms are made of, as plain data: names of classes and functions, and all their settings."""
+    if isinstance(value, dict):
+        return {str(name): _described(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_described(part) for part in value]
+    if isinstance(value, partial):
+        return [_described(value.func), _described(value.args), _described(value.keywords)]
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "__dict__") and not isinstance(value, Enum):
+        return [_described(type(value)), _described(vars(value))]
+    return repr(value)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

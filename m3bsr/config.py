@@ -55,6 +55,8 @@ class DataConfig:
     """Height and width that the network sees; multiples of the patch size."""
     augment: str = "astmt"
     """Transform recipe of training (a name in m3bsr.data.RECIPES); validation only resizes."""
+    num_views: int | None = None
+    """Augmented views of each training sample, the same in all epochs and taking turns; None: always new ones."""
     num_workers: int = 2
     """Loader processes; 0 loads in the training process."""
     train_split: str = "train"
@@ -85,7 +87,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
-        _positive(self, "data", "image_size", "max_train", "max_val")
+        _positive(self, "data", "image_size", "num_views", "max_train", "max_val")
         _not_negative(self, "data", "num_workers", "mixup", "cutmix")
         _positive(self, "data", "temperature")
         if not 0 <= self.max_skipped <= 1:
@@ -292,6 +294,8 @@ class RunConfig:
     """Go on from the last checkpoint in the run folder."""
     overwrite: bool = False
     """Throw away what the run folder holds."""
+    cache_dir: str = ""
+    """Folder of the prefix cache (bsr.cache_prefix), which runs may share; empty: prefix_cache in the run folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes CUDA where there is one."""
 

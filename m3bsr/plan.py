@@ -73,6 +73,9 @@ class Plan:
     """Share in [0, 1) of the inputs of Linears and LayerNorms that is not stored, smallest first (BackRazor)."""
     eval_keep_rate: float | None = None
     """Keep rate in evaluation, where tokens are cheap (nothing is stored), in (0, 1]; None: that of training."""
+    cache_prefix: bool = False
+    """Training keeps on disk what the frozen blocks before the first trained one give, and computes it only once for
+    each of data.num_views (one if unset); read by tools/train.py, in run.cache_dir."""
 
     def __post_init__(self) -> None:
         check_fields(self, "bsr")

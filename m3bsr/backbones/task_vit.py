@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from m3bsr.bsr import DropStage, ReprogrammedMixin, TokenState, restore
+from m3bsr.bsr import DropStage, Prefix, ReprogrammedMixin, TokenState, restore
 from m3bsr.moe import MoEMlp, Routing
 from m3bsr.utils.lookup import lookup
 
@@ -58,7 +58,12 @@ class TaskViTMixin(ReprogrammedMixin):
         return self.forward_tasks(images, tasks).features
 
     def forward_tasks(
-        self, images: Tensor, tasks: Sequence[str] | None = None, *, restored: bool | Collection[str] = True
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | None = None,
+        *,
+        restored: bool | Collection[str] = True,
+        prefix: Prefix | None = None,
     ) -> BackboneOutput:
         """Like :meth:`forward`, with routing, drops and auxiliary losses.
 
@@ -67,6 +72,7 @@ class TaskViTMixin(ReprogrammedMixin):
             tasks: names out of ``self.tasks``.
             restored: bring dropped tokens back, for all tasks or for those named; a classifier does without and saves
                 the memory.
+            prefix: tokens of these images behind the first blocks, where they are known.
 
         Raises:
             ValueError: an unknown task.
@@ -93,7 +99,12 @@ class TaskViTMixin(ReprogrammedMixin):
             return y_BND
 
         state, grid = self.forward_tokens(
-            images, restorable=bool(whole & {*tasks}), run_mlp=run_mlp, fork=fork, want_before=self._gated_before()
+            images,
+            restorable=bool(whole & {*tasks}),
+            run_mlp=run_mlp,
+            fork=fork,
+            want_before=self._gated_before(),
+            prefix=prefix,
         )
         per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
         left = _streams(state, tasks, streams)

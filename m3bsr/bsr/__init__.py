@@ -1,5 +1,6 @@
 """Block selective reprogramming: the method itself. Start at ``forward.run_blocks``."""
 
+from m3bsr.bsr.prefix import Prefix, frozen_prefix, prefix_weights, state_tensors, with_tensors
 from m3bsr.bsr.reprogram import Report, ReprogrammedMixin, reprogram, token_counts, tokens_left
 from m3bsr.bsr.restore import restore
 from m3bsr.bsr.selectors import SELECTORS
@@ -12,15 +13,20 @@ __all__ = [
     "DropStage",
     "ParameterCount",
     "Plan",
+    "Prefix",
     "Report",
     "ReprogrammedMixin",
     "TokenState",
     "count_parameters",
+    "frozen_prefix",
     "patches_kept",
+    "prefix_weights",
     "reprogram",
     "restore",
     "set_trainable",
+    "state_tensors",
     "token_counts",
     "token_sources",
     "tokens_left",
+    "with_tensors",
 ]

@@ -91,12 +91,14 @@ def run_blocks(
     run_mlp: RunMLP = plain_mlp,
     fork: Fork = no_fork,
     want_before: Collection[int] = (),
+    first: int = 0,
+    stop: int | None = None,
 ) -> TokenState:
-    """Run all blocks.
+    """Run all blocks, or those from ``first`` up to but not with ``stop``.
 
     Args:
         blocks: timm blocks; only those that drop or score must be plain ``Block`` modules.
-        state: tokens after the embedding.
+        state: tokens after the embedding, or behind block ``first - 1``.
         keep_rates: keep rate of each drop block at this step (see ``Plan.keep_rate_at``).
         grid: patches per column and row, for restoring.
         restorable: record dropped features.
@@ -116,7 +118,8 @@ def run_blocks(
         aside=plan.drop_from == "backward",
         training=training,
     )
-    for i, block in enumerate(blocks):
+    for i in range(first, len(blocks) if stop is None else stop):
+        block = blocks[i]
         if i == plan.restore_before:
             state = restore(state, plan.restore, grid, adapters)
         if not isinstance(block, Block):
@@ -177,7 +180,7 @@ def run_blocks(
             x_BND=store.mlp(_mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch),
             before_BND=None,
         )
-    if plan.drop_from == "backward" and state.stages:  # nothing has left the forward pass
+    if plan.drop_from == "backward" and state.stages and stop is None:  # nothing has left the forward pass
         state = restore(state, plan.restore, grid)
     return state
 

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from m3bsr.bsr.forward import BlockRoles, Fork, RunMLP, block_roles, no_fork, plain_mlp, run_blocks
+from m3bsr.bsr.prefix import Prefix
 from m3bsr.bsr.restore import StageAffine
 from m3bsr.bsr.tokens import TokenState, num_kept, start
 from m3bsr.bsr.trainable import ParameterCount, count_parameters, set_trainable
@@ -110,13 +111,24 @@ class ReprogrammedMixin(VisionTransformer):
         run_mlp: RunMLP = plain_mlp,
         fork: Fork = no_fork,
         want_before: Collection[int] = (),
+        prefix: Prefix | None = None,
+        stop: int | None = None,
     ) -> tuple[TokenState, tuple[int, int]]:
-        """Images ``[B, 3, H, W]`` to the tokens behind the last block (before the final norm), and the patch grid."""
-        x_BND, grid = self.embed(images)
+        """Images ``[B, 3, H, W]`` to the tokens behind the last block (before the final norm), and the patch grid.
+
+        Args:
+            prefix: tokens of these images behind the first blocks (``stop`` of another call), where they are known.
+            stop: end before this block.
+        """
+        if prefix is None:
+            x_BND, grid = self.embed(images)
+            prefix = Prefix(start(x_BND, self.num_prefix_tokens), 0)
+        else:
+            grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
         rates = {b: self.plan.keep_rate_at(b, self.step, training=self.training) for b in self.plan.drop_blocks}
         state = run_blocks(
             list(self.blocks),
-            start(x_BND, self.num_prefix_tokens),
+            prefix.state,
             self.plan,
             self.roles,
             keep_rates=rates,
@@ -128,6 +140,8 @@ class ReprogrammedMixin(VisionTransformer):
             run_mlp=run_mlp,
             fork=fork,
             want_before=want_before,
+            first=prefix.num_blocks,
+            stop=stop,
         )
         return state, grid
 

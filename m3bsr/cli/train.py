@@ -22,8 +22,10 @@ from m3bsr.build import (
     build_datasets,
     build_model,
     build_optimizer,
+    build_prefix_cache,
     build_scheduler,
     build_tasks,
+    with_fixed_views,
     with_found_classes,
 )
 from m3bsr.cli.common import OUT_OF_MEMORY, metrics_table, one_line_errors, pick_device, write_json
@@ -44,6 +46,7 @@ NUM_COUNTING_BATCHES = 4
 FREE_ON_RESUME = {
     *("run.dir", "run.resume", "run.overwrite", "run.device", "data.root", "data.num_workers", "data.max_val"),
     *("data.on_error", "data.max_skipped"),
+    *("bsr.cache_prefix", "run.cache_dir"),
     *("train.epochs", "train.max_steps", "train.eval_every", "train.eval_batch_size"),
     *("train.save_every", "train.log_every"),
 }
@@ -99,7 +102,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     if device.type == "cpu":
         keep_freed_memory()
     run_dir = Path(config.run.dir)
-    config = with_found_classes(config)
+    config = with_fixed_views(with_found_classes(config))
     resume = prepare_run_dir(run_dir, config)
     began = time.perf_counter()
     seed_everything(config.run.seed)
@@ -114,6 +117,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     write_json(run_dir / "config.json", config.to_dict())
     options = {"reporter": make_reporter(tasks, val_set), **options}
     options["batch_transform"] = build_batch_transform(config, tasks)
+    options["prefix_cache"] = build_prefix_cache(config, train_set)  # type: ignore[arg-type]
     result = train(
         model,
         tasks,
@@ -133,6 +137,7 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         log_every=config.train.log_every,
         num_workers=config.data.num_workers,
         max_skipped=config.data.max_skipped,
+        num_views=config.data.num_views,
         seed=config.run.seed,
         resume=resume,
         device=device,

@@ -40,8 +40,12 @@ def time_interleaved(
     repeats: int = 7,
     warmup: int = 2,
     device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each callable `repeats` times, in rounds; every other round goes backwards, so that none always comes first.
+
+    Args:
+        clock: `time.process_time` counts the processor time of this process alone, for a machine with other work on it.
 
     Raises:
         ValueError: no callable, or fewer than one repeat.
@@ -56,7 +60,7 @@ def time_interleaved(
     names = list(fns)
     for round_index in range(repeats):
         for name in names if round_index % 2 == 0 else reversed(names):
-            seconds[name].append(_time_once(fns[name], device))
+            seconds[name].append(_time_once(fns[name], device, clock))
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
@@ -73,12 +77,12 @@ def paired_ratio(numerator: Timing, denominator: Timing) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def _time_once(fn: Callable[[], Any], device: torch.device) -> float:
+def _time_once(fn: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     fn()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """Batches that can be continued anywhere: one number, the micro-batches done so far, says it all.
 
 The order of an epoch depends on (seed, epoch) alone, and the random numbers of a sample's augmentation on (seed,
-epoch, place in the epoch). So a run that goes on from a checkpoint, or with another number of workers, sees the same
-pixels in the same order.
+epoch, place in the epoch), or with a fixed number of views on (seed, sample, view), the views taking turns. So a run
+that goes on from a checkpoint, or with another number of workers, sees the same pixels in the same order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from m3bsr.engine.prefix_cache import PrefixFiles
 from m3bsr.engine.rng import derive_seed, isolated_rng
 
 EpochBatches = Callable[[int, torch.Generator], list[list[int]]]
@@ -54,6 +55,7 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
     """Lists of (index, seed), from micro-batch number ``start`` to ``stop`` of an endless sequence of epochs.
 
     ``epoch_batches(batch_size, generator)`` gives the lists of indices of an epoch; by default a permutation.
+    ``num_views``: every sample has so many seeds, which take turns from epoch to epoch; None: always a new one.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
         start: int,
         stop: int,
         epoch_batches: EpochBatches | None = None,
+        num_views: int | None = None,
     ) -> None:
         self.num_samples, self.batch_size, self.batches_per_epoch = num_samples, batch_size, batches_per_epoch
         self.seed, self.start, self.stop = seed, start, stop
         self.epoch_batches = epoch_batches or self._permuted
+        self.num_views = num_views
 
     def __len__(self) -> int:
         return max(self.stop - self.start, 0)
@@ -84,7 +88,12 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
                 batches = self.epoch_batches(self.batch_size, generator)
             place = number % self.batches_per_epoch
             first = place * self.batch_size
-            yield [(index, derive_seed(self.seed, epoch, first + i)) for i, index in enumerate(batches[place])]
+            yield [(index, self._sample_seed(epoch, first + i, index)) for i, index in enumerate(batches[place])]
+
+    def _sample_seed(self, epoch: int, place: int, index: int) -> int:
+        if self.num_views is None:
+            return derive_seed(self.seed, epoch, place)
+        return derive_seed(self.seed, index, (epoch + index) % self.num_views)
 
     def _permuted(self, batch_size: int, generator: torch.Generator) -> list[list[int]]:
         order = torch.randperm(self.num_samples, generator=generator).tolist()
@@ -95,10 +104,13 @@ class SeededBatches(Dataset[Any]):
     """Batches of ``dataset`` by lists of (index, seed): the same whoever fetches them, in whatever order.
 
     ``batch_transform`` changes whole batches (mixup); its random numbers hang on the seed of the first sample.
+    ``prefixes``: what is kept of their first blocks goes into the batch as well.
     """
 
-    def __init__(self, dataset: Any, batch_transform: BatchTransform | None = None) -> None:
-        self.dataset, self.batch_transform = dataset, batch_transform
+    def __init__(
+        self, dataset: Any, batch_transform: BatchTransform | None = None, prefixes: PrefixFiles | None = None
+    ) -> None:
+        self.dataset, self.batch_transform, self.prefixes = dataset, batch_transform, prefixes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -109,6 +121,9 @@ class SeededBatches(Dataset[Any]):
             with isolated_rng(seed):
                 samples.append(self.dataset[index])
         batch = collate(samples)
+        if self.prefixes is not None:
+            batch["seed"] = [seed for _, seed in keys]
+            batch["prefix"] = self.prefixes.read_batch(batch["index"], batch["seed"])
         if self.batch_transform is not None:
             with isolated_rng(derive_seed(keys[0][1], len(keys))):
                 batch = self.batch_transform(batch)
@@ -126,6 +141,8 @@ def train_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     batch_transform: BatchTransform | None = None,
+    num_views: int | None = None,
+    prefixes: PrefixFiles | None = None,
 ) -> DataLoader[Any]:
     """One loader for all that is left of a run; workers live, and fetch ahead, across the ends of epochs."""
     batches = ShuffledBatches(
@@ -136,8 +153,9 @@ def train_loader(
         seed=seed,
         start=start_step * accumulate,
         stop=stop_step * accumulate,
+        num_views=num_views,
     )
-    seeded = SeededBatches(dataset, batch_transform)
+    seeded = SeededBatches(dataset, batch_transform, prefixes)
     return _loader(seeded, num_workers, pin_memory, batch_sampler=batches, collate_fn=_as_it_is)
 
 

@@ -24,6 +24,7 @@ from m3bsr.engine.loader import BatchTransform, eval_loader, steps_in_epoch, ste
 from m3bsr.engine.log import RunLog, Window
 from m3bsr.engine.losses import loss_size, task_losses
 from m3bsr.engine.precision import autocast, is_slow
+from m3bsr.engine.prefix_cache import PrefixCache
 from m3bsr.engine.progress import Progress, Saver, say
 from m3bsr.engine.stop import StopSignal
 from m3bsr.tasks.base import Task
@@ -79,6 +80,8 @@ def train(
     device: torch.device | str = "cpu",
     resume: bool = False,
     batch_transform: BatchTransform | None = None,
+    num_views: int | None = None,
+    prefix_cache: PrefixCache | None = None,
     reporter: Callable[[nn.Module, Metrics], Mapping[str, np.ndarray]] | None = None,
     tensorboard: bool = True,
     progress_bar: bool = True,
@@ -105,6 +108,8 @@ def train(
         max_skipped: share of either set whose samples may be damaged, if the sets replace them (``engine.damaged``).
         resume: go on from the newest whole checkpoint of ``run_dir``, to the same bits as without the interruption.
         batch_transform: of a whole training batch (mixup), in the loader's processes.
+        num_views: so many augmented views of each sample, the same in all epochs; None: always new ones.
+        prefix_cache: keeps what the frozen first blocks give for each view (``model`` takes it as ``prefix=``).
         reporter: called with the model and its metrics after each evaluation for pictures
             ``{tag: uint8 [H, W, 3]}`` that go to TensorBoard.
 
@@ -142,7 +147,9 @@ def train(
     # data: both loaders live as long as the run
     loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
     steps: dict[str, Any] = {"start_step": at.step, "stop_step": total_steps, "accumulate": accumulate}
-    steps |= {"batch_size": batch_size, "seed": seed, "batch_transform": batch_transform}
+    steps |= {"batch_size": batch_size, "seed": seed, "batch_transform": batch_transform, "num_views": num_views}
+    if prefix_cache is not None:
+        steps["prefixes"] = prefix_cache.open(model, device, precision)  # type: ignore[arg-type]
     batches = iter(train_loader(train_set, **steps, **loading))
     val_batches = eval_loader(val_set, batch_size=eval_batch_size, **loading)
 
@@ -195,7 +202,8 @@ def train(
                 targets = {name: batch[name].to(device, non_blocking=True) for name in labelled(batch, tasks)}
                 # forward
                 with autocast(device, precision):
-                    output = model(images, tasks=tuple(targets), size=loss_size(images, loss_stride))
+                    kept = {} if prefix_cache is None else {"prefix": prefix_cache.prefix(images, batch)}
+                    output = model(images, tasks=tuple(targets), size=loss_size(images, loss_stride), **kept)
                 window.add_routing(output)
                 # losses, in float32 whatever the precision
                 parts = task_losses(output, targets, tasks, balance.weights(), balance_weight, z_weight)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from m3bsr.backbones import TaskViTMixin
-from m3bsr.bsr import DropStage
+from m3bsr.bsr import DropStage, Prefix
 from m3bsr.heads import ClassifierHead
 from m3bsr.moe import Routing
 
@@ -51,7 +51,11 @@ class MultiTaskModel(nn.Module):
         self.backbone.set_step(step)
 
     def forward(
-        self, images: Tensor, tasks: Sequence[str] | None = None, size: tuple[int, int] | None = None
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
+        prefix: Prefix | None = None,
     ) -> ModelOutput:
         """Predict.
 
@@ -59,10 +63,11 @@ class MultiTaskModel(nn.Module):
             images: ``[B, 3, H, W]``, normalised.
             tasks: the tasks wanted, all by default; only their path is computed.
             size: height and width of dense predictions, by default those of the images.
+            prefix: tokens of these images behind the first blocks, where they are known (:meth:`forward_prefix`).
         """
         size = (images.shape[-2], images.shape[-1]) if size is None else size
         dense = [task for task in (self.tasks if tasks is None else tasks) if self._is_dense(task)]
-        output = self.backbone.forward_tasks(images, tasks, restored=dense)
+        output = self.backbone.forward_tasks(images, tasks, restored=dense, prefix=prefix)
         predictions = {}
         for task, x_BND in output.features.items():
             head = self.heads[task]
@@ -75,6 +80,15 @@ class MultiTaskModel(nn.Module):
             stages=output.stages,
             grid=output.grid,
         )
+
+    def forward_prefix(self, images: Tensor, num_blocks: int) -> Prefix:
+        """Tokens of ``images`` behind the first ``num_blocks`` blocks, which must be the same for all tasks.
+
+        With a dense task among the heads they hold what it takes to restore the grid.
+        """
+        restorable = any(map(self._is_dense, self.tasks))
+        state, _ = self.backbone.forward_tokens(images, restorable=restorable, stop=num_blocks)
+        return Prefix(state, num_blocks)
 
     def _is_dense(self, task: str) -> bool:
         return task in self.heads and not isinstance(self.heads[task], ClassifierHead)

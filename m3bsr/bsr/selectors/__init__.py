@@ -16,7 +16,7 @@ SELECTORS: dict[str, Selector] = {
     "score": Selector(by_score),
     "cover": Selector(cover),
     "spread": Selector(spread),
-    "random": Selector(random),
+    "random": Selector(random, is_random=True),
     "similar": Selector(similar, needs_keys=True),
 }
 

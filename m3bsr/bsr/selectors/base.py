@@ -33,3 +33,5 @@ class Selector(NamedTuple):
 
     rank: Callable[[Candidates], Tensor]
     needs_keys: bool = False
+    is_random: bool = False
+    """In training it chooses others for the same tokens each time."""

@@ -7,6 +7,10 @@ and what was interrupted is resumed, so the same command goes on where it stoppe
 
 The learning rate of a method is ``optim.lr`` times its ``lr_scale``; the heads learn at the config's rate throughout.
 ``--lr lora=1e-3`` sets another. A variant that sets ``--optim.lr`` keeps it.
+
+``--single-task`` also trains each task of CONFIG alone, with the same data, epochs and seeds, and delta_m is against
+those runs (otherwise against a row of the table). What differs for them besides the task goes into
+``--single-task-options``, such as full fine-tuning of a dense ViT as a baseline of everything.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from m3bsr.cli.common import BAD_NUMBERS, one_line_errors
 from m3bsr.cli.compare_runs import pick_reference, write_comparison
 from m3bsr.cli.train import changed_settings
 from m3bsr.cli.train import run as train_run
-from m3bsr.config import Config, parse_cli, replace
+from m3bsr.config import Config, load_config, parse_cli, replace
 from m3bsr.engine.finite import NonFiniteError
 from m3bsr.methods import METHODS, find_method
 from m3bsr.report.html import number
@@ -56,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 2 for a user error, 3 if a run met NaN or infinity, 128 + signal number when a signal ended it."""
     args, overrides = _parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     variants = make_variants(args, overrides)
-    check(variants, args.seeds)
+    alone = make_single_tasks(args, overrides, variants)
+    check([*variants, *alone], args.seeds)
     failed = []
-    jobs = [(variant, seed) for seed in range(args.seeds) for variant in variants]
+    jobs = [(variant, seed) for seed in range(args.seeds) for variant in (*variants, *alone)]
     for index, (variant, seed) in enumerate(jobs, start=1):
         config = variant.run(seed)
         if is_finished(config):
@@ -74,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"stopped by {signal.Signals(result.stopped_by).name}; the same command goes on from here")
             return 128 + result.stopped_by
         gc.collect()
-    groups = {v.name: [Path(v.run(s).run.dir) for s in range(args.seeds) if is_finished(v.run(s))] for v in variants}
-    groups = {name: runs for name, runs in groups.items() if runs}
+    groups, baselines = finished_runs(variants, args.seeds), finished_runs(alone, args.seeds)
     if not groups:
         raise ValueError("no run got to its end: see the warnings above")
     write_comparison(
@@ -87,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title=f"Methods on {Path(args.config).stem}",
         subtitle=describe_data(variants[0].config.to_dict()),
         note=_note(variants, args.seeds, args.rounds > 0),
+        baselines=baselines,
     )
     return BAD_NUMBERS if failed else 0
 
@@ -103,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", default="", help="names with commas between them: full,head,last:3,lora,bsr")
     parser.add_argument(
         "--variant", action="append", default=[], metavar="NAME='OPTIONS'", help="options of tools/train.py, by a name"
+    )
+    parser.add_argument("--single-task", action="store_true", help="also train each task alone, for delta_m")
+    parser.add_argument(
+        "--single-task-options", default="", metavar="'OPTIONS'", help="options of tools/train.py for these runs only"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, seeds 0, 1 ...")
     parser.add_argument("--lr", default="", metavar="NAME=VALUE,...", help="learning rates in place of the scaled ones")
@@ -131,6 +140,8 @@ def make_variants(args: argparse.Namespace, overrides: Sequence[str]) -> list[Va
         if not equals or not re.fullmatch(r"[\w.+-]+", name) or name in options:
             raise ValueError(f"--variant takes NAME='OPTIONS', each NAME (letters, digits, . + -) once, got {text!r}")
         options[name] = shlex.split(more)
+    if not options and args.single_task:
+        options = {load_config(args.config).model.method: []}  # CONFIG as it is
     if not options:
         raise ValueError("nothing to compare: name some with --methods full,bsr or --variant NAME='OPTIONS'")
     rates = dict(_rate(text, options) for text in filter(None, args.lr.split(",")))
@@ -140,6 +151,34 @@ def make_variants(args: argparse.Namespace, overrides: Sequence[str]) -> list[Va
         own_lr = any(word.partition("=")[0] in ("--optim.lr", "--optim.head-lr-scale") for word in more)
         variants.append(Variant(name, config if own_lr else scale_lr(config, rates.get(name)), args.out))
     return variants
+
+
+def make_single_tasks(args: argparse.Namespace, overrides: Sequence[str], variants: Sequence[Variant]) -> list[Variant]:
+    """Each task alone; none without ``--single-task``.
+
+    Raises:
+        ValueError: options of runs that nobody asked for, CONFIG has one task, or a name that is taken.
+    """
+    if not args.single_task:
+        if args.single_task_options:
+            raise ValueError("--single-task-options are for the runs of --single-task, which is not there")
+        return []
+    config, _ = parse_cli([args.config, *overrides, *shlex.split(args.single_task_options)], "")
+    if len(config.data.tasks) < 2:
+        raise ValueError(f"--single-task: {args.config} has one task already ({config.data.tasks[0]})")
+    alone = []
+    for task in config.data.tasks:
+        name = f"single_{task}"
+        if name in (variant.name for variant in variants):
+            raise ValueError(f"--single-task names its runs {name}: give that variant another name")
+        alone.append(Variant(name, scale_lr(replace(config, {"data.tasks": (task,)})), args.out))
+    return alone
+
+
+def finished_runs(variants: Sequence[Variant], num_seeds: int) -> dict[str, list[Path]]:
+    """Run folders by name; only what got to its end."""
+    runs = {v.name: [v.run(s) for s in range(num_seeds) if is_finished(v.run(s))] for v in variants}
+    return {name: [Path(config.run.dir) for config in configs] for name, configs in runs.items() if configs}
 
 
 def _rate(text: str, names: Mapping[str, object]) -> tuple[str, float]:

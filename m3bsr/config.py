@@ -235,11 +235,16 @@ class TrainConfig:
     """Write `last` every so many steps too, not only after each epoch."""
     log_every: int = 10
     """Steps between lines in log.jsonl."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Of several processes (torchrun): each has the whole model (ddp), or a part of its parameters, gradients and
+    optimizer state (fsdp, for what does not fit)."""
+    timeout_s: float = 600.0
+    """Of several processes: how long to wait for one that does not answer before the run ends."""
 
     def __post_init__(self) -> None:
         check_fields(self, "train")
         _positive(self, "train", "epochs", "max_steps", "batch_size", "accumulate", "eval_batch_size", "save_every")
-        _positive(self, "train", "log_every")
+        _positive(self, "train", "log_every", "timeout_s")
         _not_negative(self, "train", "clip_norm", "eval_every")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in [0, 1), got {self.ema_decay}")

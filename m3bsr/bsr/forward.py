@@ -137,7 +137,8 @@ def run_blocks(
         needs_keys = i in roles.score_of and needs_match(plan, restorable)
         kind: ScoreKind = "none" if not roles.scores(i) else ("class_row" if has_class_token else "received")
 
-        attended: Attended = store.attention(
+        attended: Attended = _gathered(block)(
+            store.attention,
             _attention_half,
             block,
             i,
@@ -177,7 +178,9 @@ def run_blocks(
         # No name for the result: it would keep these tokens alive while the next block runs.
         state = replace(
             state,
-            x_BND=store.mlp(_mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch),
+            x_BND=_gathered(block)(
+                store.mlp, _mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch
+            ),
             before_BND=None,
         )
     if plan.drop_from == "backward" and state.stages and stop is None:  # nothing has left the forward pass
@@ -190,6 +193,12 @@ def needs_match(plan: Plan, restorable: bool) -> bool:
     if plan.drop_from == "backward":
         return False
     return plan.fuse == "merge" or (restorable and plan.restore in ("transfer", "unmerge"))
+
+
+def _gathered(block: nn.Module) -> Run:
+    """How to run a half of a block: as it is, or by the block's own ``run_half``, which first gathers weights that
+    are spread over several processes."""
+    return getattr(block, "run_half", call)
 
 
 def _attention_half(

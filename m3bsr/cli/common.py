@@ -16,18 +16,20 @@ import torch
 from m3bsr.build import build_model
 from m3bsr.config import Config, replace
 from m3bsr.engine.checkpoint import CheckpointError, load_weights, newest_checkpoint
+from m3bsr.engine.distributed import LostProcessError, is_told, who
 from m3bsr.engine.finite import NonFiniteError
 from m3bsr.models import MultiTaskModel
 from m3bsr.utils.foreign import read_json
 from m3bsr.utils.log import show_log
 
-USER_ERROR, BAD_NUMBERS, OUT_OF_MEMORY, INTERRUPTED = 2, 3, 4, 130
+USER_ERROR, BAD_NUMBERS, OUT_OF_MEMORY, LOST_PROCESS, INTERRUPTED = 2, 3, 4, 5, 130
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Turn what a user can mend into a line on stderr and an exit code: 2, or 3 for NaN and infinity.
+    """Turn what a user can mend into a line on stderr and an exit code: 2, 3 for NaN and infinity, or 5 for a
+    process that was lost.
 
-    With ``M3BSR_DEBUG=1`` in the environment the traceback is shown.
+    With ``M3BSR_DEBUG=1`` in the environment the traceback is shown. Of several processes that fail alike one speaks.
     """
 
     @functools.wraps(main)
@@ -38,8 +40,14 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
         try:
             return main(argv)
         except (ValueError, OSError, NonFiniteError) as error:
-            print(f"error: {_one_line(str(error))}", file=sys.stderr)
+            if not is_told(error):
+                print(f"{who()}error: {_one_line(str(error))}", file=sys.stderr, flush=True)
             return BAD_NUMBERS if isinstance(error, NonFiniteError) else USER_ERROR
+        except LostProcessError as error:
+            print(
+                f"{who()}error: {error}; go on from the last checkpoint with --run.resume", file=sys.stderr, flush=True
+            )
+            return LOST_PROCESS
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return INTERRUPTED

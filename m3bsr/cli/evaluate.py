@@ -13,6 +13,7 @@ from m3bsr.cli.common import metrics_table, one_line_errors, open_run, pick_devi
 from m3bsr.config import replace
 from m3bsr.data.dense import parse_target_size
 from m3bsr.engine.damaged import KEY, DamagedSamples
+from m3bsr.engine.distributed import is_main, num_processes, processes
 from m3bsr.engine.evaluate import evaluate
 from m3bsr.engine.loader import eval_loader
 from m3bsr.engine.predictions import PredictionWriter
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train.precision": args.precision,
         },
     )
+    if not is_main():
+        return 0
     write_json(out, report)
     print(f"{report['num_images']} images, {report['checkpoint']}")
     for line in report["damaged"]:
@@ -88,7 +91,7 @@ def evaluate_run(
     changes: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Metrics of a run with the way they were measured, as plain data.
+    """Metrics of a run with the way they were measured, as plain data. Under torchrun the processes share the images.
 
     Args:
         protocol: ``network``, ``original`` or ``resized:HxW``, see ``tools/evaluate.py --help``.
@@ -104,27 +107,30 @@ def evaluate_run(
     where = pick_device(device)
     parse_target_size(protocol, "--protocol")
     changes = {name: value for name, value in (changes or {}).items() if value is not None}
-    config, model, folder = open_run(run, checkpoint, {n: v for n, v in changes.items() if n.startswith("bsr.")})
-    config = replace(config, changes)
-    for task in tasks or ():
-        lookup(dict.fromkeys(config.data.tasks), task, f"task of {run}")
-    config = replace(config, {"data.tasks": tuple(tasks or config.data.tasks)})
-    wanted = build_tasks(config)
-    writer = PredictionWriter(save_predictions, wanted) if save_predictions else None
-    _, val_set = build_datasets(config, target_size=protocol)
-    metrics = evaluate(
-        model.to(where),
-        wanted,
-        eval_loader(val_set, batch_size=config.train.eval_batch_size, num_workers=config.data.num_workers),
-        where,
-        config.train.precision,
-        progress,
-        flip=flip,
-        writer=writer,
-        num_workers=config.data.num_workers,
-    )
-    sizes = {"val": len(val_set)}  # type: ignore[arg-type]
-    DamagedSamples(sizes, config.data.max_skipped).note("val", {KEY: metrics.damaged})
+    with processes(where) as where:
+        config, model, folder = open_run(run, checkpoint, {n: v for n, v in changes.items() if n.startswith("bsr.")})
+        config = replace(config, changes)
+        for task in tasks or ():
+            lookup(dict.fromkeys(config.data.tasks), task, f"task of {run}")
+        config = replace(config, {"data.tasks": tuple(tasks or config.data.tasks)})
+        wanted = build_tasks(config)
+        if save_predictions and num_processes() > 1:
+            raise ValueError("--save-predictions: run it as one process, not under torchrun")
+        writer = PredictionWriter(save_predictions, wanted) if save_predictions else None
+        _, val_set = build_datasets(config, target_size=protocol)
+        metrics = evaluate(
+            model.to(where),
+            wanted,
+            eval_loader(val_set, batch_size=config.train.eval_batch_size, num_workers=config.data.num_workers),
+            where,
+            config.train.precision,
+            progress and is_main(),
+            flip=flip,
+            writer=writer,
+            num_workers=config.data.num_workers,
+        )
+        sizes = {"val": len(val_set)}  # type: ignore[arg-type]
+        DamagedSamples(sizes, config.data.max_skipped).note("val", {KEY: metrics.damaged})
     about = {
         "run": str(run),
         "checkpoint": str(folder),

@@ -34,9 +34,12 @@ from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
 from m3bsr.data.labelled import spread as evenly
 from m3bsr.delta import save_delta
-from m3bsr.engine import TrainResult, newest_checkpoint, train
+from m3bsr.engine import TrainResult, distributed, newest_checkpoint, train
 from m3bsr.engine.choose_experts import choose_experts
+from m3bsr.engine.distributed import from_main, is_main, processes, together, who
+from m3bsr.engine.progress import say
 from m3bsr.engine.rng import seed_everything
+from m3bsr.engine.shards import is_sharded, shard
 from m3bsr.utils.malloc import keep_freed_memory
 from m3bsr.utils.memory import free_bytes, is_out_of_memory
 
@@ -48,14 +51,14 @@ FREE_ON_RESUME = {
     *("data.on_error", "data.max_skipped"),
     *("bsr.cache_prefix", "run.cache_dir"),
     *("train.epochs", "train.max_steps", "train.eval_every", "train.eval_batch_size"),
-    *("train.save_every", "train.log_every"),
+    *("train.save_every", "train.log_every", "train.timeout_s", "train.parallel"),
 }
 
 
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, 2 for a user error, 3 for NaN or infinity, 4 when memory ran out, 128 + signal number when a signal
-    ended the run."""
+    """Exit code 0, 2 for a user error, 3 for NaN or infinity, 4 when memory ran out, 5 for a lost process, 128 + signal
+    number when a signal ended the run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, _ = parse_cli(arguments, "Train a model: CONFIG is a file of configs/.")
     memory_bytes = free_bytes(pick_device(config.run.device))
@@ -69,11 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say_how_it_ended(config, result, summary)
     # Here the frames of the run, and with them its tensors, are gone: predicting needs little, but not nothing.
     hint = advice(config, arguments, memory_bytes) if memory_bytes else "lower train.batch_size, or see tools/plan.py"
-    print(f"error: out of memory: {reason}; {hint}", file=sys.stderr)
+    print(f"{who()}error: out of memory: {reason}; {hint}", file=sys.stderr)
     return OUT_OF_MEMORY
 
 
 def _say_how_it_ended(config: Config, result: TrainResult, summary: Mapping[str, Any]) -> int:
+    if not is_main():
+        return 0 if result.stopped_by is None else 128 + result.stopped_by
     if result.stopped_by is not None:
         name = signal.Signals(result.stopped_by).name
         print(f"stopped by {name} after step {result.progress.step} of {result.progress.total_steps}")
@@ -88,6 +93,8 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
     """Build, train and evaluate what ``config`` describes; write ``config.json`` and ``result.json``, ``cost.json``,
     ``delta.safetensors`` (what was trained, if not everything was) and ``report.html``.
 
+    Under torchrun this is one of several processes, the first of which writes.
+
     Args:
         options: further keyword arguments of ``engine.train`` (``reporter``, ``progress_bar`` ...).
 
@@ -98,25 +105,36 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         ValueError, FileNotFoundError: a config that does not fit the data, weights or run folder.
         NonFiniteError: see ``engine.train``.
     """
-    device = pick_device(config.run.device)
+    with processes(pick_device(config.run.device), config.train.timeout_s) as device:
+        return _run(config, device, options)
+
+
+def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tuple[TrainResult, dict[str, Any]]:
     if device.type == "cpu":
         keep_freed_memory()
     run_dir = Path(config.run.dir)
-    config = with_fixed_views(with_found_classes(config))
-    resume = prepare_run_dir(run_dir, config)
     began = time.perf_counter()
-    seed_everything(config.run.seed)
-    tasks = build_tasks(config)
-    train_set, val_set = build_datasets(config)
-    config = with_chosen_experts(config, train_set, device, resume)
-    # A checkpoint has all weights, so the file that the run started from may be gone.
-    model = build_model(replace(config, {"model.weights": ""}) if resume else config)
-    optimizer = build_optimizer(config, model)
-    scheduler = build_scheduler(config, optimizer, train_set)  # type: ignore[arg-type]
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", config.to_dict())
-    options = {"reporter": make_reporter(tasks, val_set), **options}
-    options["batch_transform"] = build_batch_transform(config, tasks)
+    with together():
+        config = with_fixed_views(with_found_classes(config))
+        seed_everything(config.run.seed)
+        tasks = build_tasks(config)
+        train_set, val_set = build_datasets(config)
+    resume = from_main(lambda: prepare_run_dir(run_dir, config))
+    config = from_main(lambda: with_chosen_experts(config, train_set, device, resume))
+    with together():
+        # A checkpoint has all weights, so the file that the run started from may be gone.
+        model = build_model(replace(config, {"model.weights": ""}) if resume else config)
+    if config.train.parallel == "fsdp":
+        distributed.same_as_main([*model.parameters()])
+        shard(model.to(device))
+    with together():
+        optimizer = build_optimizer(config, model)
+        scheduler = build_scheduler(config, optimizer, train_set)  # type: ignore[arg-type]
+        batch_transform = build_batch_transform(config, tasks)
+        if is_main():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_json(run_dir / "config.json", config.to_dict())
+    options = {"reporter": make_reporter(tasks, val_set), "batch_transform": batch_transform, **options}
     options["prefix_cache"] = build_prefix_cache(config, train_set)  # type: ignore[arg-type]
     result = train(
         model,
@@ -153,7 +171,10 @@ def run(config: Config, **options: Any) -> tuple[TrainResult, dict[str, Any]]:
         **options,
     )
     summary = summarise(result, model, device, time.perf_counter() - began)
-    if result.stopped_by is None and (result.step_ms or not (run_dir / "result.json").exists()):
+    if is_main() and is_sharded(model):
+        write_json(run_dir / "result.json", summary)
+        say(f"tools/report.py {run_dir} --cost writes the report, where the model fits into one process")
+    elif is_main() and result.stopped_by is None and (result.step_ms or not (run_dir / "result.json").exists()):
         write_json(run_dir / "result.json", summary)
         optimizer.state.clear()  # the measured step has an optimizer of its own; two states would count twice
         if config.model.method == "bsr" and config.bsr.train_blocks != "all":
@@ -255,6 +276,7 @@ def summarise(result: TrainResult, model: nn.Module, device: torch.device, wall_
         "num_overflows": at.num_overflows,
         "num_damaged": {split: len(lines) for split, lines in at.damaged.items()},
         "wall_s": wall_s,
+        "num_processes": result.num_processes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,

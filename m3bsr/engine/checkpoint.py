@@ -5,6 +5,8 @@ A checkpoint is a folder:
     model.safetensors   every parameter and buffer, the frozen ones too: it stands alone
     state.pt            optimizer, scheduler, loss scaler, random generators, progress; loads with weights_only=True.
                         With a moving average of the weights (which is then the model) also the weights themselves
+    shards/             instead of model.safetensors where the model is spread over processes: parameters, buffers and
+                        optimizer state, a file a process (see ``engine.shards``)
     config.json         the run's config, from which the model is rebuilt
     manifest.json       step, and the SHA-256 of each file above; written last
 
@@ -18,8 +20,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from m3bsr.engine import distributed
 from m3bsr.engine.ema import Ema
-from m3bsr.engine.rng import get_rng_state, set_rng_state
+from m3bsr.engine.rng import derive_seed, get_rng_state, seed_everything, set_rng_state
+from m3bsr.engine.shards import is_sharded, load_whole, read_shards, spread, write_shards
 from m3bsr.utils.foreign import load_tensors, one_line, read_json
 
-FORMAT = "m3bsr checkpoint 1"
+FORMAT, SHARDS = "m3bsr checkpoint 1", "shards"
 MODEL, STATE, CONFIG, MANIFEST = "model.safetensors", "state.pt", "config.json", "manifest.json"
 
 
@@ -55,13 +60,17 @@ def save_checkpoint(
     scheduler: Any = None,
     scaler: Any = None,
     ema: Ema | None = None,
+    rng: Sequence[Mapping[str, Any]] = (),
     keep_previous: bool = False,
 ) -> None:
     """Write all that an exact resume needs into ``folder``, which is replaced only when everything is on the disk.
 
+    Called by all processes; the first writes, and of a model that is spread out (``engine.shards``) each its part.
+
     Args:
         progress: plain data with the number of steps done under ``"step"``.
         ema: applied to ``model`` now, so that the averaged weights are what the folder gives to others.
+        rng: random generators of every process by its number; by default those of this one.
         keep_previous: rename a checkpoint that was in ``folder`` to ``previous`` beside it, instead of removing it.
 
     Raises:
@@ -69,27 +78,39 @@ def save_checkpoint(
     """
     folder = Path(folder)
     aside, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
-    _remove(aside)
+    spread_out = is_sharded(model)
+    if not spread_out and not distributed.is_main():
+        return
     try:
-        aside.mkdir(parents=True)
-        with _only_os_errors(aside / MODEL):
-            save_file(_storable(model.state_dict()), aside / MODEL)
+        if spread_out:
+            sums = _save_shards(aside / SHARDS, model, optimizer)
+            if not distributed.is_main():
+                return
+        else:
+            _remove(aside)
+            aside.mkdir(parents=True)
+            with _only_os_errors(aside / MODEL):
+                save_file(_storable(model.state_dict()), aside / MODEL)
+        optimizer_state = optimizer.state_dict() if optimizer is not None else None
         state = {
-            "optimizer": optimizer.state_dict() if optimizer is not None else None,
+            "optimizer": {**optimizer_state, "state": {}} if spread_out and optimizer_state else optimizer_state,
             "scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ema": ema.state_dict() if ema is not None else None,
-            "rng": get_rng_state(),
+            "rng": rng[0] if rng else get_rng_state(),
+            **({"rng_of_others": list(rng[1:])} if rng[1:] else {}),
             "progress": dict(progress),
         }
         with _only_os_errors(aside / STATE):
             torch.save(state, aside / STATE)
         (aside / CONFIG).write_text(json.dumps(config, indent=2))
-        (aside / MODEL).chmod((aside / CONFIG).stat().st_mode)  # safetensors makes it readable by its owner alone
-        sums = {name: _sha256(aside / name) for name in (MODEL, STATE, CONFIG)}
+        if not spread_out:
+            (aside / MODEL).chmod((aside / CONFIG).stat().st_mode)  # safetensors makes it readable by its owner alone
+            sums = {MODEL: _sha256(aside / MODEL)}
+        sums |= {name: _sha256(aside / name) for name in (STATE, CONFIG)}
         manifest = {"format": FORMAT, "step": progress["step"], "sha256": sums}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        for path in (*aside.iterdir(), aside):
+        for path in (*aside.rglob("*"), aside):
             _flush(path)
     except BaseException:
         _remove(aside)
@@ -107,6 +128,18 @@ def save_checkpoint(
         _remove(old)
 
 
+def _save_shards(folder: Path, model: nn.Module, optimizer: Any) -> dict[str, str]:
+    """Every process writes its part; checksums of all files by their path in the checkpoint."""
+    with distributed.together():
+        if distributed.is_main():
+            _remove(folder.parent)
+            folder.mkdir(parents=True)
+    write_shards(folder, model, optimizer)
+    own = sorted(folder.iterdir())[distributed.rank() :: distributed.num_processes()]
+    sums = distributed.gather({f"{SHARDS}/{path.name}": _sha256(path) for path in own})
+    return {name: value for part in sums for name, value in part.items()}
+
+
 def verify_checkpoint(folder: str | Path) -> int:
     """The step of a checkpoint whose files are all there and as they were written.
 
@@ -121,7 +154,10 @@ def verify_checkpoint(folder: str | Path) -> int:
         manifest = read_json(folder / MANIFEST)
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"checkpoint {folder} has format {manifest['format']!r}, expected {FORMAT!r}")
-        step, sums = int(manifest["step"]), {name: manifest["sha256"][name] for name in (MODEL, STATE, CONFIG)}
+        step, sums = int(manifest["step"]), dict(manifest["sha256"])
+        weights = [name for name in sums if name == MODEL or re.fullmatch(rf"{SHARDS}/[\w.-]+", name)]
+        if not weights or sums.keys() != {STATE, CONFIG, *weights}:
+            raise KeyError(f"sha256 of {', '.join(sums)}")
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {folder} is incomplete: {MANIFEST} is missing") from None
     except CheckpointError:
@@ -176,10 +212,16 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     verify_checkpoint(folder)
+    if (folder / SHARDS).is_dir():
+        _read_shards(folder, model)
+        return
     try:
         saved = load_file(folder / MODEL)
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint {folder}: {MODEL} cannot be read ({error})") from None
+    if is_sharded(model):
+        load_whole(model, saved)
+        return
     own = model.state_dict()
     problems = [
         f"{key} is {list(saved[key].shape)} there and {list(own[key].shape)} in the model"
@@ -195,6 +237,13 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             f"use the settings in its {CONFIG}, or another run.dir"
         )
     model.load_state_dict(saved)
+
+
+def _read_shards(folder: Path, model: nn.Module, optimizer: Any = None) -> None:
+    try:
+        read_shards(folder / SHARDS, model, optimizer)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {error}; use the settings in its {CONFIG}, or another run.dir") from None
 
 
 def load_state(folder: str | Path) -> dict[str, Any]:
@@ -255,15 +304,21 @@ def resume(
         if ema is not None:
             ema.load_state_dict(dict_of(averaged))
         optimizer.load_state_dict(state["optimizer"])
+        for parameter, slots in optimizer.state.items():
+            for slot, value in slots.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    slots[slot] = spread(value, parameter)
         if state["progress"]["total_steps"] == total_steps:
             scheduler.load_state_dict(state["scheduler"])
         scheduler.step_update(state["progress"]["step"])
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-        set_rng_state(state["rng"])
+        _set_rng(state, state["progress"]["step"])
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         # whole by its checksum, and yet not what this version writes
         raise CheckpointError(f"checkpoint {folder}: {STATE} does not fit this run ({one_line(error)})") from None
+    if (Path(folder) / SHARDS).is_dir():
+        _read_shards(Path(folder), model, optimizer)
     return dict_of(state["progress"])
 
 
@@ -281,6 +336,18 @@ def _only_os_errors(path: Path) -> Iterator[None]:
 def dict_of(value: Any) -> dict[str, Any]:
     """``value`` if it is a dict, else an empty one: of content that nobody vouches for."""
     return value if isinstance(value, dict) else {}
+
+
+def _set_rng(state: Mapping[str, Any], step: int) -> None:
+    """Put back the generators of this process. With another number of processes than then only the first has some;
+    the others draw from (step, number) on."""
+    then = [state["rng"], *state.get("rng_of_others", [])]
+    if len(then) == distributed.num_processes():
+        set_rng_state(then[distributed.place()["rank"]])
+    elif distributed.is_main():
+        set_rng_state(then[0])
+    else:
+        seed_everything(derive_seed(step, distributed.rank()))
 
 
 def _is_whole(folder: Path) -> bool:

@@ -12,8 +12,11 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from m3bsr.engine.damaged import KEY, without_replaced
+from m3bsr.engine.distributed import gather, num_processes, sum_of_all
 from m3bsr.engine.precision import autocast
 from m3bsr.engine.predictions import PredictionWriter
+from m3bsr.engine.shards import is_sharded
+from m3bsr.metrics import reduce_over_processes
 from m3bsr.moe.stats import RoutingCounts, routing_stats
 from m3bsr.tasks.base import Task
 from m3bsr.tasks.scoring import Scorer
@@ -62,6 +65,9 @@ def evaluate(
 ) -> Metrics:
     """Run ``model`` over ``loader`` in evaluation mode and score every task; its training mode is put back.
 
+    Several processes each score their part (see ``engine.loader.eval_loader``) and all get the metrics of the whole,
+    equal to those of one process: sums of counts exactly, sums of floats to float64 rounding.
+
     Args:
         loader: batches ``{"image": [B, 3, H, W], task: [B, C, H', W'] or a list of [C, H', W']}``; of a task that is
             not dense ``[B]``. A batch need not have labels for all tasks. With ``writer`` also ``name``: a list.
@@ -81,13 +87,18 @@ def evaluate(
     model.eval()
     try:
         total = len(loader) if isinstance(loader, Sized) else None
+        num_own = getattr(getattr(loader, "batch_sampler", None), "num_own", math.inf)  # see loader.EvalBatches
         bar = tqdm(loader, total=total, desc="evaluate", unit="batch", leave=False, disable=not progress)
-        with torch.inference_mode(), Scorer(num_workers) as scorer:
-            for loaded in bar:
-                damaged += filter(None, loaded.get(KEY, ()))
+        # FSDP2 keeps the buffers that it gathers into, and training may not get those of an inference mode.
+        with torch.no_grad() if is_sharded(model) else torch.inference_mode(), Scorer(num_workers) as scorer:
+            for number, loaded in enumerate(bar):
+                is_own = number < num_own  # else run to keep step with the other processes
+                if is_own:
+                    damaged += filter(None, loaded.get(KEY, ()))
                 batch = without_replaced(loaded)
-                if batch is None:
+                if batch is None and num_processes() == 1:
                     continue
+                is_own, batch = is_own and batch is not None, batch or loaded
                 images = batch["image"].to(device, non_blocking=True)
                 names = labelled(batch, tasks)
                 with autocast(device, precision):
@@ -97,6 +108,8 @@ def evaluate(
                         mirrored = model(images.flip(-1), tasks=names).predictions
                         back = {name: tasks[name].mirrored(mirrored[name].float()) for name in predictions}
                         predictions = {name: tasks[name].average([p, back[name]]) for name, p in predictions.items()}
+                if not is_own:
+                    continue
                 routing.add(output)
                 seen.update(predictions)
                 for name, raw in predictions.items():
@@ -113,12 +126,18 @@ def evaluate(
             scorer.finish()
     finally:
         model.train(was_training)
+    shares = gather((seen, protocol, num_images, damaged))
+    damaged = [line for share in shares for line in share[3]]
+    seen, num_images = set().union(*(share[0] for share in shares)), sum(share[2] for share in shares)
+    protocol = "original" if "original" in [share[1] for share in shares] else "network"
     if num_images == 0:
         raise ValueError("nothing to evaluate: the validation set is empty")
     if unseen := [name for name in tasks if name not in seen]:
         raise ValueError(f"nothing to evaluate: the validation set has no labels for {', '.join(unseen)}")
+    for metric in metrics.values():
+        reduce_over_processes(metric)
     scores = {name: metric.compute() for name, metric in metrics.items()}
-    return Metrics(scores, protocol, num_images, routing.per_task(), damaged)
+    return Metrics(scores, protocol, num_images, RoutingCounts(sum_of_all(routing.counts)).per_task(), damaged)
 
 
 def labelled(batch: Mapping[str, Any], tasks: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from m3bsr.engine.distributed import gather
+
 
 class NonFiniteError(ArithmeticError):
     """A loss or a gradient became NaN or infinite. The step was not taken: the weights are those before it."""
@@ -26,7 +28,8 @@ def check_finite(
     """Raise unless every loss, and with ``gradients`` the gradient norm too, is finite.
 
     Args:
-        values: ``loss``, ``losses/<task>``, ``balance_loss``, ``z_loss``, ``grad_norm`` as logged.
+        values: ``loss``, ``losses/<task>``, ``balance_loss``, ``z_loss``, ``grad_norm`` as logged: means over the
+            processes.
         trained: parameters by name; their gradients are looked at only when something is wrong.
         step: number of steps finished before this one.
 
@@ -36,6 +39,7 @@ def check_finite(
     bad = [name for name, value in values.items() if not math.isfinite(value) and (gradients or name != "grad_norm")]
     if not bad:
         return
+    files = [name for names in gather(list(files)) for name in names]  # bad on one process is bad on all
     tasks = [name.removeprefix("losses/") for name in bad if name.startswith("losses/")]
     if tasks:
         what = f"loss of task {', '.join(tasks)} is {values[f'losses/{tasks[0]}']}"

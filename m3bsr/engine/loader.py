@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from m3bsr.engine import distributed
 from m3bsr.engine.prefix_cache import PrefixFiles
 from m3bsr.engine.rng import derive_seed, isolated_rng
 
@@ -23,22 +24,27 @@ EpochBatches = Callable[[int, torch.Generator], list[list[int]]]
 BatchTransform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def steps_in_epoch(samples: int | Sized, batch_size: int, accumulate: int = 1) -> int:
+def steps_in_epoch(samples: int | Sized, batch_size: int, accumulate: int = 1, num_processes: int | None = None) -> int:
     """Optimizer steps in an epoch; the samples that do not fill a last step are left to other epochs.
 
     Args:
         samples: their number, or the data set (which may have an idea of its own: ``num_batches(batch_size)``).
+        batch_size: images per micro-batch of each process.
+        num_processes: those of this run by default.
 
     Raises:
         ValueError: fewer samples than one step needs.
     """
     num_samples = samples if isinstance(samples, int) else len(samples)
     own: Callable[[int], int] = getattr(samples, "num_batches", lambda size: num_samples // size)
-    steps = own(batch_size) // accumulate
+    num_processes = distributed.num_processes() if num_processes is None else num_processes
+    steps = own(batch_size * num_processes) // accumulate
     if steps == 0:
+        factors = f"train.batch_size {batch_size} x train.accumulate {accumulate}"
+        factors += f" x {num_processes} processes" if num_processes > 1 else ""
         raise ValueError(
-            f"the training set has {num_samples} images, fewer than the {batch_size * accumulate} of one step "
-            f"(train.batch_size {batch_size} x train.accumulate {accumulate}): lower train.batch_size"
+            f"the training set has {num_samples} images, fewer than the {batch_size * accumulate * num_processes} of "
+            f"one step ({factors}): lower train.batch_size"
         )
     return steps
 
@@ -54,7 +60,9 @@ def steps_in_run(
 class ShuffledBatches(Sampler[list[tuple[int, int]]]):
     """Lists of (index, seed), from micro-batch number ``start`` to ``stop`` of an endless sequence of epochs.
 
-    ``epoch_batches(batch_size, generator)`` gives the lists of indices of an epoch; by default a permutation.
+    ``epoch_batches(batch_size, generator)`` gives the lists of indices of an epoch; by default a permutation. Of
+    several processes each takes its ``batch_size`` out of a micro-batch that they share, so that together they see
+    what one process with all of it would see, with the same random numbers.
     ``num_views``: every sample has so many seeds, which take turns from epoch to epoch; None: always a new one.
     """
 
@@ -69,8 +77,11 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
         stop: int,
         epoch_batches: EpochBatches | None = None,
         num_views: int | None = None,
+        rank: int = 0,
+        num_processes: int = 1,
     ) -> None:
-        self.num_samples, self.batch_size, self.batches_per_epoch = num_samples, batch_size, batches_per_epoch
+        self.num_samples, self.batches_per_epoch = num_samples, batches_per_epoch
+        self.shared_size, self.own = batch_size * num_processes, range(rank * batch_size, (rank + 1) * batch_size)
         self.seed, self.start, self.stop = seed, start, stop
         self.epoch_batches = epoch_batches or self._permuted
         self.num_views = num_views
@@ -85,10 +96,11 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
             if number // self.batches_per_epoch != epoch:
                 epoch = number // self.batches_per_epoch
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-                batches = self.epoch_batches(self.batch_size, generator)
+                batches = self.epoch_batches(self.shared_size, generator)
             place = number % self.batches_per_epoch
-            first = place * self.batch_size
-            yield [(index, self._sample_seed(epoch, first + i, index)) for i, index in enumerate(batches[place])]
+            first = place * self.shared_size
+            numbered = [(i, batches[place][i]) for i in self.own]
+            yield [(index, self._sample_seed(epoch, first + i, index)) for i, index in numbered]
 
     def _sample_seed(self, epoch: int, place: int, index: int) -> int:
         if self.num_views is None:
@@ -98,6 +110,26 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
     def _permuted(self, batch_size: int, generator: torch.Generator) -> list[list[int]]:
         order = torch.randperm(self.num_samples, generator=generator).tolist()
         return [order[i : i + batch_size] for i in range(0, self.batches_per_epoch * batch_size, batch_size)]
+
+
+class EvalBatches(Sampler[list[int]]):
+    """Of several processes each takes every so many-th of ``batches``, and all of them equally many.
+
+    Where they do not come out even, the last is one that another process has too: it keeps step, and only the first
+    :attr:`num_own` are to be scored.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[int]], rank: int = 0, num_processes: int = 1) -> None:
+        own = [list(batch) for batch in batches[rank::num_processes]]
+        self.num_own = len(own)
+        rounds = -(-len(batches) // num_processes)
+        self.batches = own + [list(batch) for batch in batches[: rounds - len(own)]]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
 
 
 class SeededBatches(Dataset[Any]):
@@ -154,17 +186,25 @@ def train_loader(
         start=start_step * accumulate,
         stop=stop_step * accumulate,
         num_views=num_views,
+        **distributed.place(),
     )
     seeded = SeededBatches(dataset, batch_transform, prefixes)
     return _loader(seeded, num_workers, pin_memory, batch_sampler=batches, collate_fn=_as_it_is)
 
 
 def eval_loader(dataset: Any, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False) -> DataLoader[Any]:
-    """Every sample once, in order; a data set with ``eval_batches(batch_size)`` says which go together."""
-    own = getattr(dataset, "eval_batches", None)
-    batches: dict[str, Any] = {"batch_size": batch_size} if own is None else {"batch_sampler": own(batch_size)}
+    """Every sample once, in order, shared out among the processes (see :class:`EvalBatches`).
+
+    A data set with ``eval_batches(batch_size)`` says which samples go together.
+    """
+    size = len(dataset)
+    in_order = [range(first, min(first + batch_size, size)) for first in range(0, size, batch_size)]
+    batches = dataset.eval_batches(batch_size) if hasattr(dataset, "eval_batches") else in_order
+    sampler = EvalBatches(batches, **distributed.place())
     persistent = num_workers > 0
-    return _loader(dataset, num_workers, pin_memory, persistent_workers=persistent, collate_fn=collate, **batches)
+    return _loader(
+        dataset, num_workers, pin_memory, persistent_workers=persistent, collate_fn=collate, batch_sampler=sampler
+    )
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

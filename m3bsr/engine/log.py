@@ -22,22 +22,33 @@ from typing import Any
 
 import numpy as np
 
+from m3bsr.engine.distributed import is_main, sum_of_all
 from m3bsr.moe.stats import RoutingCounts, routing_stats
 
 
 class RunLog:
-    """Writes the log of one run. Lines after ``start_step`` that a killed run left are dropped, so none is double."""
+    """Writes the log of one run. Lines after ``start_step`` that a killed run left are dropped, so none is double.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, run_dir: str | Path, start_step: int = 0, tensorboard: bool = True) -> None:
+        self._writer: Any = None
+        self._file: Any = None
+        if not is_main():
+            return
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "log.jsonl"
         _truncate(self.path, start_step)
         self._file = self.path.open("a")
-        self._writer = _summary_writer(run_dir, start_step) if tensorboard else None
+        if tensorboard:
+            self._writer = _summary_writer(run_dir, start_step)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line and send its numbers to TensorBoard as ``kind/name/of/the/value``."""
+        if self._file is None:
+            return
         with _full_disk_is_no_reason_to_stop(self.path):
             self._file.write(json.dumps(_finite(record)) + "\n")
             self._file.flush()
@@ -54,6 +65,8 @@ class RunLog:
                     self._writer.add_image(tag, picture, step, dataformats="HWC")
 
     def close(self) -> None:
+        if self._file is None:
+            return
         with _full_disk_is_no_reason_to_stop(self.path):
             self._file.close()
             if self._writer is not None:
@@ -79,10 +92,15 @@ class Window:
         """Count where a forward pass sent its tokens, on the device and without waiting for it."""
         RoutingCounts(self.sums.setdefault("routing", {})).add(output)
 
+    def together(self) -> dict[str, Any]:
+        """The sums for a checkpoint, called by all: with the routing of all processes; the rest is equal on all."""
+        routing = sum_of_all(self.sums.get("routing", {}))
+        return {**self.sums, **({"routing": routing} if routing else {})}
+
     def pop_means(self) -> dict[str, Any]:
-        """Mean of each value over the steps that had it, and the statistics of ``routing`` if there was any; starts
-        anew."""
-        num, counts = self.sums.pop("num"), RoutingCounts(self.sums.pop("routing", {})).per_task()
+        """Mean of each value over the steps that had it, and the statistics of ``routing`` if there was any, that of
+        all processes together; called by all, starts anew."""
+        num, counts = self.sums.pop("num"), RoutingCounts(sum_of_all(self.sums.pop("routing", {}))).per_task()
         means = {name: value / num[name] for name, value in self.sums.items()}
         self.sums = {}
         return {**means, "routing": routing_stats(counts)} if counts else means

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from m3bsr.utils.lookup import lookup
 
@@ -20,7 +21,9 @@ def _adamw(groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], **_:
 
 
 def _sgd(groups: Iterable[dict[str, Any]], *, momentum: float, **_: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, momentum=momentum, fused=True)
+    groups = list(groups)
+    spread_out = any(isinstance(p, DTensor) for group in groups for p in group["params"])  # no fused kernel for those
+    return torch.optim.SGD(groups, momentum=momentum, fused=not spread_out)
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}

@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from m3bsr.engine import checkpoint
+from m3bsr.engine import checkpoint, distributed
 from m3bsr.engine.ema import Ema
 from m3bsr.engine.evaluate import Metrics
+from m3bsr.engine.log import Window
+from m3bsr.engine.rng import get_rng_state
 
 
 @dataclass
@@ -68,18 +70,24 @@ class Saver:
         self.last_good: Path | None = None
 
     def save(self, name: str, progress: Progress, must: bool = False) -> None:
-        """Save as ``name``. A full disk is a warning and the old checkpoint stays, unless it is the last chance."""
+        """Save as ``name``; called by all processes, written by the first.
+
+        A full disk is a warning and the old checkpoint stays, unless it is the last chance.
+        """
+        state = {**asdict(progress), "window": Window(progress.window).together()}
+        rng = distributed.gather(get_rng_state())
         try:
             with self.averaged():
                 checkpoint.save_checkpoint(
                     self.folder / name,
                     config=self.config,
-                    progress=asdict(progress),
+                    progress=state,
                     model=self.model,
                     optimizer=self.optimizer,
                     scheduler=self.scheduler,
                     scaler=self.scaler,
                     ema=self.ema,
+                    rng=rng,
                     keep_previous=name == "last",
                 )
             self.last_good = self.folder / name
@@ -98,7 +106,7 @@ class Saver:
         Raises:
             CheckpointError: every checkpoint is damaged, or the newest is of another model.
         """
-        folder, complaints = checkpoint.newest_checkpoint(self.folder)
+        folder, complaints = distributed.from_main(lambda: checkpoint.newest_checkpoint(self.folder))
         for complaint in complaints:
             say(f"warning: {complaint}")
         if folder is None:
@@ -109,6 +117,8 @@ class Saver:
         saved = checkpoint.resume(
             folder, self.model, self.optimizer, self.scheduler, self.scaler, total_steps=total_steps, ema=self.ema
         )
+        if not distributed.is_main():
+            saved.get("window", {}).pop("routing", None)  # process 0 has that of all
         self.last_good = folder
         say(f"going on from {folder} after step {saved['step']}")
         try:
@@ -118,12 +128,15 @@ class Saver:
             raise checkpoint.CheckpointError(
                 f"checkpoint {folder}: unknown progress {newer}; use a newer m3bsr"
             ) from None
+        distributed.wait_for_all()  # they have read what is renamed and tidied now
         if folder.name != "last":  # a crash between two writes: `best` or a half-renamed folder is ahead of `last`
             self.save("last", progress)
-        checkpoint.tidy(self.folder)
+        if distributed.is_main():
+            checkpoint.tidy(self.folder)
         return progress
 
 
 def say(line: str) -> None:
-    """A line for the person who waits, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the person who waits, on stderr; of several processes the first speaks."""
+    if distributed.is_main():
+        print(line, file=sys.stderr, flush=True)

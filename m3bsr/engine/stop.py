@@ -7,20 +7,29 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from m3bsr.engine.distributed import largest
+
 
 class StopSignal:
-    """While it is entered, the first SIGINT or SIGTERM only sets :attr:`signum`; a second SIGINT stops at once.
+    """While it is entered, the first SIGINT or SIGTERM is only noted; a second SIGINT stops at once.
 
-    The loop asks :attr:`requested` between steps. In other threads than the main one, where Python cannot install
+    The loop asks :meth:`agreed` between steps. In other threads than the main one, where Python cannot install
     handlers, nothing is caught.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        """The signal that ends the run on all processes, once they agreed on it."""
+        self._noted: int | None = None
         self._before: dict[int, Any] = {}
 
-    @property
-    def requested(self) -> bool:
+    def agreed(self) -> bool:
+        """Whether a signal came to any process so far; all of them ask at the same place and get the same answer.
+
+        One message of eight bytes: 0.1 to 0.2 ms among processes of one machine, nothing for one process alone.
+        """
+        if self.signum is None:
+            self.signum = largest(self._noted or 0) or None
         return self.signum is not None
 
     def __enter__(self) -> StopSignal:
@@ -34,7 +43,7 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested and signum == signal.SIGINT:
+        if self._noted is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.requested:
-            self.signum = signum
+        if self._noted is None:
+            self._noted = signum

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,18 +15,22 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from m3bsr.engine import distributed
 from m3bsr.engine.balance import BALANCES
 from m3bsr.engine.conflict import make_gradients
 from m3bsr.engine.damaged import KEY, DamagedSamples
 from m3bsr.engine.ema import Ema
 from m3bsr.engine.evaluate import Metrics, evaluate, labelled, score
 from m3bsr.engine.finite import NonFiniteError, check_finite
+from m3bsr.engine.gradients import mean_gradients
 from m3bsr.engine.loader import BatchTransform, eval_loader, steps_in_epoch, steps_in_run, train_loader
 from m3bsr.engine.log import RunLog, Window
 from m3bsr.engine.losses import loss_size, task_losses
 from m3bsr.engine.precision import autocast, is_slow
 from m3bsr.engine.prefix_cache import PrefixCache
 from m3bsr.engine.progress import Progress, Saver, say
+from m3bsr.engine.rng import derive_seed, seed_everything
+from m3bsr.engine.shards import is_sharded, whole
 from m3bsr.engine.stop import StopSignal
 from m3bsr.tasks.base import Task
 from m3bsr.utils.lookup import lookup
@@ -45,6 +50,7 @@ class TrainResult:
     """Time of each step taken now, without waiting for data."""
     data_wait: float
     """Share of the time of all these steps that was spent waiting for data."""
+    num_processes: int = 1
 
 
 def train(
@@ -93,6 +99,9 @@ def train(
     and return; a second SIGINT raises KeyboardInterrupt. Checkpoints: ``last`` at each evaluation, at the end and
     every ``save_every`` steps, the one before it as ``previous``, and ``best`` (see ``evaluate.score``).
 
+    With several processes (``engine.distributed``) a step has ``batch_size * accumulate`` images of each, gradients
+    and losses are means over them as well, and a signal to any of them ends all after the same step.
+
     Args:
         model: ``model(images, tasks=(...), size=(h, w)) -> output`` with ``predictions[task]``, ``balance_loss`` and
             ``z_loss``; ``set_step(step)`` is called before each step if there is one.
@@ -122,6 +131,14 @@ def train(
     # set-up, or everything as it was when the checkpoint was saved
     device = torch.device(device)
     autocast(device, precision)  # complains now, not after the first batch
+    if is_sharded(model):
+        unfit = {
+            "train.precision fp16": precision == "fp16",
+            "train.ema_decay": ema_decay,
+            "bsr.cache_prefix": prefix_cache,
+        }
+        if fields := [field for field, is_used in unfit.items() if is_used]:
+            raise ValueError(f"{', '.join(fields)}: not with train.parallel fsdp; use ddp, or leave them out")
     if is_slow(device, precision):
         say("warning: this CPU has no bf16 arithmetic: train.precision fp32 will be several times faster")
     model.to(device)
@@ -133,6 +150,9 @@ def train(
         train_set, epochs=epochs, batch_size=batch_size, accumulate=accumulate, max_steps=max_steps
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    distributed.same_as_main([*model.buffers(), *(p for p in model.parameters() if not is_sharded(model))])
+    if (rank := distributed.place()["rank"]) > 0:
+        seed_everything(derive_seed(seed, rank))  # dropout and gate noise of its own
     ema = Ema(model, ema_decay) if ema_decay else None
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema}
     saver = Saver(Path(run_dir) / "checkpoints", config_dict, **stateful)
@@ -145,6 +165,7 @@ def train(
     window, step_ms, waited_ms = Window(at.window), [], 0.0
 
     # data: both loaders live as long as the run
+    images_per_step = batch_size * accumulate * distributed.num_processes()
     loading: dict[str, Any] = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
     steps: dict[str, Any] = {"start_step": at.step, "stop_step": total_steps, "accumulate": accumulate}
     steps |= {"batch_size": batch_size, "seed": seed, "batch_transform": batch_transform, "num_views": num_views}
@@ -158,22 +179,25 @@ def train(
         return now and at.evaluated_step < at.step
 
     def note_damaged(split: str, step: int, found: Mapping[str, Any]) -> None:
-        for line in damaged.note(split, found):
+        lines = distributed.gather(list(found[KEY])) if KEY in found else []
+        for line in damaged.note(split, {KEY: itertools.chain(*lines)}):
             say(f"warning: step {step}: damaged {split} sample: {line}")
             log.write({"kind": "damaged", "step": step, "split": split, "error": line})
         at.damaged = damaged.lines
 
+    progress_bar = progress_bar and distributed.is_main()
     bar = tqdm(total=total_steps, initial=at.step, unit="step", desc="train", disable=not progress_bar)
     with StopSignal() as stop, bar:
         model.train()
-        while not stop.requested:
+        while not stop.agreed():
             # evaluate: first thing in the loop, so that a run that was stopped before it catches up
             if evaluation_is_due():
                 try:
                     unless_stopped = _until(stop, val_batches)
                     with saver.averaged():
+                        distributed.same_buffers(model)
                         metrics = evaluate(model, tasks, unless_stopped, device, precision, progress=progress_bar)
-                        pictures = reporter(model, metrics) if reporter else {}
+                        pictures = reporter(model, metrics) if reporter and not is_sharded(model) else {}
                 except _StoppedError:
                     break
                 note_damaged("val", at.step, {KEY: metrics.damaged})
@@ -214,12 +238,14 @@ def train(
                 del output, parts  # what is left of the graph must not live beside the next one
             gradients.finish()
 
+            # means over the processes
+            mean_gradients(trained.values())
             # step, unless a number is bad; reading the numbers is the only wait for the device
             scaler.unscale_(optimizer)
             grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             # with several data sets a task is in some of the micro-batches only
             means = [torch.stack(parts_of).mean() for parts_of in seen.values()]
-            numbers = torch.stack([*means, grad_norm.float()]).tolist()
+            numbers = distributed.mean(torch.stack([*means, whole(grad_norm).float()])).tolist()
             values = dict(zip((*seen, "grad_norm"), numbers, strict=True))
             # an fp16 overflow is for the scaler, which skips the step; below a scale of 1 it is something else
             strict = precision != "fp16" or scaler.get_scale() < 1
@@ -245,7 +271,7 @@ def train(
             bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
             bar.update()
             if at.step % log_every == 0 or at.step == total_steps:
-                record = _train_record(at, epoch_steps, window.pop_means(), lr, batch_size * accumulate)
+                record = _train_record(at, epoch_steps, window.pop_means(), lr, images_per_step)
                 log.write(record | ({"loss_weights": balance.weights()} if balance.state else {}))
 
             # save; when an evaluation comes next, it saves
@@ -253,13 +279,14 @@ def train(
             if save_every and at.step % save_every == 0 and not evaluation_is_due():
                 saver.save("last", at)
 
-        if stop.requested:
+        if stop.signum is not None:
             saver.save("last", at, must=True)
         elif ema is not None:
             ema.keep()
+    distributed.wait_for_all()  # before the last checkpoint is whole, no process ends, which would end the others
     log.close()
     data_wait = waited_ms / (waited_ms + sum(step_ms)) if step_ms else 0.0
-    return TrainResult(at, stop.signum, saver.folder / "last", step_ms, data_wait)
+    return TrainResult(at, stop.signum, saver.folder / "last", step_ms, data_wait, distributed.num_processes())
 
 
 class _StoppedError(Exception):
@@ -272,12 +299,16 @@ class _until:
     def __init__(self, stop: StopSignal, loader: Any) -> None:
         self.stop, self.loader = stop, loader
 
+    @property
+    def batch_sampler(self) -> Any:
+        return self.loader.batch_sampler
+
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
-            if self.stop.requested:
+            if self.stop.agreed():
                 raise _StoppedError
             yield batch
 

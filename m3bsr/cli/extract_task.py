@@ -25,6 +25,7 @@ from m3bsr.engine.loader import eval_loader
 from m3bsr.models import MultiTaskModel
 from m3bsr.moe import MoEMlp
 from m3bsr.moe.extract import check_threshold, keep_experts, used_experts
+from m3bsr.moe.gates.slots import SlotGate
 from m3bsr.utils.lookup import lookup
 
 REPORT = "extract.json"
@@ -141,7 +142,8 @@ def experts_to_keep(
     kept: Experts = {}
     for block in model.backbone.moe_blocks:
         mlp = _mlp(model, block)
-        kept[block] = used_experts(counts[block][task], mlp.top_k, threshold, mlp.windows.get(task))
+        slots = any(isinstance(gate, SlotGate) for gate in mlp.gates.values())
+        kept[block] = used_experts(counts[block][task], mlp.top_k, threshold, mlp.windows.get(task), slots)
     return kept
 
 

@@ -23,12 +23,11 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.num_updates = decay, 0
-        tensors = model.state_dict(keep_vars=True)
-        self.raw: dict[str, Tensor] = {
-            name: tensor.detach()
-            for name, tensor in tensors.items()
-            if tensor.requires_grad or (not isinstance(tensor, nn.Parameter) and tensor.is_floating_point())
-        }
+        saved = model.state_dict()
+        buffers = {name: b for name, b in model.named_buffers() if name in saved and b.is_floating_point()}
+        # Not out of state_dict, whose experts are stacked copies of what trains.
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.raw: dict[str, Tensor] = {name: tensor.detach() for name, tensor in {**trained, **buffers}.items()}
         self.average = {name: tensor.clone() for name, tensor in self.raw.items()}
         self._aside: dict[str, Tensor] = {}
 

@@ -14,6 +14,7 @@ from m3bsr.engine import CheckpointError, evaluate, load_weights, read_log
 from m3bsr.engine.checkpoint import load_state
 from m3bsr.engine.ema import Ema
 from m3bsr.engine.loader import eval_loader
+from m3bsr.moe import MoEMlp
 
 
 def test_average_is_that_of_a_slow_reference():
@@ -31,6 +32,24 @@ def test_average_is_that_of_a_slow_reference():
         torch.testing.assert_close(model.weight.data, expected)
         assert torch.equal(ema.state_dict()["raw"]["weight"], weights[-1])
     assert torch.equal(model.weight.data, weights[-1])
+
+
+def test_experts_are_averaged_one_by_one():
+    """Their state dict is stacked, a copy: the average must read and set the experts themselves."""
+    torch.manual_seed(0)
+    layer = MoEMlp(4, 4, 3, 2)
+    layer.set_trainable_experts((0, 2))
+    before = [weight.detach().clone() for weight in layer.experts.fc1.weights]
+    ema = Ema(layer, 0.5)
+    with torch.no_grad():
+        for weight in layer.experts.fc1.weights:
+            weight.add_(1)
+    ema.update()  # decay .1
+    with ema.applied():
+        average = layer.state_dict()["experts.fc1.weight"]
+        for expert, moved in enumerate((0.9, 1.0, 0.9)):  # what is frozen has no average
+            torch.testing.assert_close(average[expert], before[expert] + moved)
+    assert torch.equal(layer.experts.fc1[0].weight, before[0] + 1)
 
 
 def test_only_what_changes_is_averaged():

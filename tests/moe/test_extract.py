@@ -31,16 +31,23 @@ def test_the_share_gives_what_the_layer_gave(gate, gate_mode, experts_per_task, 
     x_BND = torch.randn(1, 6, 16)
     expected, routing = whole(x_BND, ("depth",))
     counts_E, window = routing.counts()[0], whole.windows.get("depth")
-    ids = used_experts(counts_E, 2, threshold, window)
+    ids = used_experts(counts_E, 2, threshold, window, slots=gate == "slots")
     possible = tuple(range(*(window or (0, 8))))
     if threshold == 0:
         assert ids == possible
+    elif gate == "slots":  # all slots keep as many as the one that uses most
+        assert set(routing.experts_TK.flatten().tolist()) <= set(ids) <= set(possible)
+        assert [e % 2 for e in ids] == [(possible[0] + place) % 2 for place in range(len(ids))]
     else:
         assert set(routing.experts_TK.flatten().tolist()) == set(ids) <= set(possible)
     alone = make(gate, gate_mode, ("depth",), len(ids))
     alone.load_state_dict(keep_experts(whole.state_dict(), ids, "depth", TASKS))
     y_BND, own = alone(x_BND, ("depth",))
-    assert torch.equal(torch.tensor(ids)[own.experts_TK], routing.experts_TK)
+    chosen_TK = torch.tensor(ids)[own.experts_TK]
+    if gate == "slots" and threshold > 0:  # the same experts; how they are weighed depends on all of a slot
+        assert torch.equal(chosen_TK.sort(dim=1).values, routing.experts_TK.sort(dim=1).values)
+        return
+    assert torch.equal(chosen_TK, routing.experts_TK)
     torch.testing.assert_close(y_BND, expected, rtol=1e-5, atol=1e-7)
     if threshold == 0:
         assert torch.equal(y_BND, expected)
@@ -55,6 +62,9 @@ def test_which_experts_stay() -> None:
     assert used_experts(counts, 2, 0) == (0, 1, 2, 3, 4, 5)
     assert used_experts(counts, 2, 0, window=(1, 4)) == (1, 2, 3)
     assert used_experts(counts, 2, 0.5, window=(1, 4)) == (2, 3)
+    assert used_experts(counts, 2, 0.005, slots=True) == (0, 1, 4, 3)  # slot 0 uses 0 and 4: slot 1 keeps two as well
+    assert used_experts(counts, 2, 0.9, slots=True) == (0, 3)
+    assert used_experts(counts, 4, 0, slots=True) == (0, 1, 2, 3, 4, 5)
     for threshold in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="threshold must be a share"):
             used_experts(counts, 2, threshold)

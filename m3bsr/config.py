@@ -159,6 +159,8 @@ class MoEConfig:
     """Relative noise on upcycled weights, to tell the experts apart."""
     backend: str = "auto"
     """How experts are run (a name in m3bsr.moe.backends.BACKENDS)."""
+    expert_parallel: int = 1
+    """Processes of torchrun that share the experts of every layer out among them; 1: each process has all of them."""
     balance_weight: float = 0.01
     """Weight of the balance loss."""
     z_weight: float = 0.0
@@ -166,11 +168,15 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "moe")
-        _positive(self, "moe", "num_experts", "top_k", "mlp_ratio", "experts_per_task", "task_dim")
+        _positive(self, "moe", "num_experts", "top_k", "mlp_ratio", "experts_per_task", "task_dim", "expert_parallel")
         _not_negative(self, "moe", "noise_std", "upcycle_noise", "balance_weight", "z_weight")
         numbers = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
         if self.top_k > min(numbers, default=self.top_k):
             raise ValueError(f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
+        if any(number % self.expert_parallel for number in numbers):
+            raise ValueError(
+                f"moe.expert_parallel {self.expert_parallel} must divide moe.num_experts {self.num_experts}"
+            )
         if self.experts_per_task is not None and not self.top_k <= self.experts_per_task <= min(numbers, default=0):
             raise ValueError(
                 f"moe.experts_per_task must lie between moe.top_k {self.top_k} and moe.num_experts {self.num_experts}, "

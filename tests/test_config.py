@@ -65,6 +65,12 @@ BAD = [
     (MoEConfig, {"top_k": 5, "num_experts": 4}, "moe.top_k 5 is more than moe.num_experts 4"),
     (MoEConfig, {"top_k": 5, "num_experts": (8, 4)}, "moe.top_k 5 is more than moe.num_experts (8, 4)"),
     (MoEConfig, {"num_experts": (8, 4, 0)}, "moe.num_experts must be positive"),
+    (
+        MoEConfig,
+        {"num_experts": (8, 4), "expert_parallel": 8},
+        "moe.expert_parallel 8 must divide moe.num_experts (8, 4)",
+    ),
+    (MoEConfig, {"expert_parallel": 0}, "moe.expert_parallel must be a positive integer, got 0"),
     (MoEConfig, {"num_experts": (8, 8), "blocks": (3,)}, "must hold one number for each of moe.blocks"),
     (
         MoEConfig,

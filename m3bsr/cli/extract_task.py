@@ -160,6 +160,7 @@ def config_of(config: Config, task: str, experts: Experts) -> Config:
             "moe.blocks": tuple(experts),
             "moe.num_experts": tuple(map(len, experts.values())),
             "moe.experts_per_task": None,
+            "moe.expert_parallel": 1,
             "bsr.train_experts": _train_experts(config, experts),
         }
     return replace(config, {**changes, "model.weights": "", "run.resume": False, "run.overwrite": False})

@@ -36,10 +36,11 @@ from m3bsr.data.labelled import spread as evenly
 from m3bsr.delta import save_delta
 from m3bsr.engine import TrainResult, distributed, newest_checkpoint, train
 from m3bsr.engine.choose_experts import choose_experts
-from m3bsr.engine.distributed import from_main, is_main, processes, together, who
+from m3bsr.engine.distributed import from_main, is_main, num_processes, processes, together, who
 from m3bsr.engine.progress import say
 from m3bsr.engine.rng import seed_everything
 from m3bsr.engine.shards import is_sharded, shard
+from m3bsr.moe.parallel import check_processes
 from m3bsr.utils.malloc import keep_freed_memory
 from m3bsr.utils.memory import free_bytes, is_out_of_memory
 
@@ -51,7 +52,7 @@ FREE_ON_RESUME = {
     *("data.on_error", "data.max_skipped"),
     *("bsr.cache_prefix", "run.cache_dir"),
     *("train.epochs", "train.max_steps", "train.eval_every", "train.eval_batch_size"),
-    *("train.save_every", "train.log_every", "train.timeout_s", "train.parallel"),
+    *("train.save_every", "train.log_every", "train.timeout_s", "train.parallel", "moe.expert_parallel"),
 }
 
 
@@ -115,6 +116,7 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
     run_dir = Path(config.run.dir)
     began = time.perf_counter()
     with together():
+        check_processes(config.moe.expert_parallel, num_processes())
         config = with_fixed_views(with_found_classes(config))
         seed_everything(config.run.seed)
         tasks = build_tasks(config)
@@ -168,6 +170,7 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
         loss_stride=config.loss.stride,
         balance_weight=config.moe.balance_weight,
         z_weight=config.moe.z_weight,
+        expert_parallel=config.moe.expert_parallel,
         **options,
     )
     summary = summarise(result, model, device, time.perf_counter() - began)

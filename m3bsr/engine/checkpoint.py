@@ -53,7 +53,7 @@ class CheckpointError(ValueError):
 def save_checkpoint(
     folder: str | Path,
     *,
-    model: nn.Module,
+    model: Any,
     config: Mapping[str, Any],
     progress: Mapping[str, Any],
     optimizer: Any = None,
@@ -68,6 +68,7 @@ def save_checkpoint(
     Called by all processes; the first writes, and of a model that is spread out (``engine.shards``) each its part.
 
     Args:
+        model, optimizer, ...: anything with a ``state_dict()``.
         progress: plain data with the number of steps done under ``"step"``.
         ema: applied to ``model`` now, so that the averaged weights are what the folder gives to others.
         rng: random generators of every process by its number; by default those of this one.

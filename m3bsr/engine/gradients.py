@@ -22,8 +22,13 @@ BUCKET_BYTES = 32 * 2**20
 """Gradients that travel together: large enough to fill a wire, small enough to copy little at a time."""
 
 
-def mean_gradients(parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+def mean_gradients(
+    parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES, group: dist.ProcessGroup | None = None
+) -> None:
     """Replace every gradient by its mean over the processes; called by all, with the same parameters in the same order.
+
+    Of a ``group`` of them only the gradients are added up, and still divided by the number of all processes: those of
+    experts hold the others already (see ``engine.expert_shares``).
 
     A gradient that is missing counts as zero, and stays missing where all processes miss it, so that the optimizer
     leaves the parameter alone as in one process. Costs a message of one byte a parameter beside the gradients.
@@ -34,7 +39,7 @@ def mean_gradients(parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKE
     meet()
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     there = torch.tensor([p.grad is not None for p in whole], dtype=torch.uint8)
-    dist.all_reduce(there, op=dist.ReduceOp.MAX)
+    dist.all_reduce(there, op=dist.ReduceOp.MAX, group=group)
     wanted = [p for p, used in zip(whole, there.tolist(), strict=True) if used]
     for p in wanted:
         if p.grad is None:
@@ -42,7 +47,7 @@ def mean_gradients(parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKE
     sent = []
     for gradients in _buckets([p.grad for p in wanted if p.grad is not None], bucket_bytes):
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        sent.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
+        sent.append((gradients, flat, dist.all_reduce(flat, group=group, async_op=True)))
     for gradients, flat, work in sent:
         work.wait()
         parts = flat.div_(num_processes()).split([gradient.numel() for gradient in gradients])

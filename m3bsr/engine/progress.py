@@ -15,6 +15,7 @@ from torch import nn
 from m3bsr.engine import checkpoint, distributed
 from m3bsr.engine.ema import Ema
 from m3bsr.engine.evaluate import Metrics
+from m3bsr.engine.expert_shares import ExpertShares
 from m3bsr.engine.log import Window
 from m3bsr.engine.rng import get_rng_state
 
@@ -63,10 +64,11 @@ class Saver:
         scheduler: Any,
         scaler: Any,
         ema: Ema | None = None,
+        shares: ExpertShares | None = None,
     ) -> None:
         self.folder, self.config = folder, config
         self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
-        self.ema = ema
+        self.ema, self.shares = ema, shares
         self.last_good: Path | None = None
 
     def save(self, name: str, progress: Progress, must: bool = False) -> None:
@@ -78,12 +80,13 @@ class Saver:
         rng = distributed.gather(get_rng_state())
         try:
             with self.averaged():
+                model, optimizer = self.shares.to_save() if self.shares else (self.model, self.optimizer)
                 checkpoint.save_checkpoint(
                     self.folder / name,
                     config=self.config,
                     progress=state,
-                    model=self.model,
-                    optimizer=self.optimizer,
+                    model=model,
+                    optimizer=optimizer,
                     scheduler=self.scheduler,
                     scaler=self.scaler,
                     ema=self.ema,
@@ -114,8 +117,9 @@ class Saver:
                 raise checkpoint.CheckpointError(f"no whole checkpoint is left in {self.folder}: start the run anew")
             say(f"no checkpoint in {self.folder} yet: starting from the beginning")
             return Progress(total_steps)
+        optimizer = self.shares.optimizer if self.shares else self.optimizer
         saved = checkpoint.resume(
-            folder, self.model, self.optimizer, self.scheduler, self.scaler, total_steps=total_steps, ema=self.ema
+            folder, self.model, optimizer, self.scheduler, self.scaler, total_steps=total_steps, ema=self.ema
         )
         if not distributed.is_main():
             saved.get("window", {}).pop("routing", None)  # process 0 has that of all

@@ -96,7 +96,7 @@ def read_shards(folder: Path, model: nn.Module, optimizer: Any = None) -> None:
         parameters = dict(model.named_parameters())
         for key in saved:
             name, _, slot = key.removeprefix(SLOTS).rpartition("/")
-            if key.startswith(SLOTS):
+            if key.startswith(SLOTS) and name in parameters:  # some experts may be on other processes
                 size = saved[key].size  # type: ignore[union-attr]
                 like = parameters[name]
                 slots[key] = torch.zeros_like(like) if size == like.shape and size else torch.zeros(size)

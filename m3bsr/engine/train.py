@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from tqdm import tqdm
 
 from m3bsr.engine import distributed
@@ -21,8 +21,8 @@ from m3bsr.engine.conflict import make_gradients
 from m3bsr.engine.damaged import KEY, DamagedSamples
 from m3bsr.engine.ema import Ema
 from m3bsr.engine.evaluate import Metrics, evaluate, labelled, score
+from m3bsr.engine.expert_shares import ExpertShares
 from m3bsr.engine.finite import NonFiniteError, check_finite
-from m3bsr.engine.gradients import mean_gradients
 from m3bsr.engine.loader import BatchTransform, eval_loader, steps_in_epoch, steps_in_run, train_loader
 from m3bsr.engine.log import RunLog, Window
 from m3bsr.engine.losses import loss_size, task_losses
@@ -88,6 +88,7 @@ def train(
     batch_transform: BatchTransform | None = None,
     num_views: int | None = None,
     prefix_cache: PrefixCache | None = None,
+    expert_parallel: int = 1,
     reporter: Callable[[nn.Module, Metrics], Mapping[str, np.ndarray]] | None = None,
     tensorboard: bool = True,
     progress_bar: bool = True,
@@ -100,7 +101,8 @@ def train(
     every ``save_every`` steps, the one before it as ``previous``, and ``best`` (see ``evaluate.score``).
 
     With several processes (``engine.distributed``) a step has ``batch_size * accumulate`` images of each, gradients
-    and losses are means over them as well, and a signal to any of them ends all after the same step.
+    and losses are means over them as well, and a signal to any of them ends all after the same step. With
+    ``expert_parallel`` each of so many neighbours holds a share of the experts only, until the end.
 
     Args:
         model: ``model(images, tasks=(...), size=(h, w)) -> output`` with ``predictions[task]``, ``balance_loss`` and
@@ -119,30 +121,35 @@ def train(
         batch_transform: of a whole training batch (mixup), in the loader's processes.
         num_views: so many augmented views of each sample, the same in all epochs; None: always new ones.
         prefix_cache: keeps what the frozen first blocks give for each view (``model`` takes it as ``prefix=``).
+        expert_parallel: number of processes that share the experts out; it divides the number of processes.
         reporter: called with the model and its metrics after each evaluation for pictures
             ``{tag: uint8 [H, W, 3]}`` that go to TensorBoard.
 
     Raises:
         ValueError: too few images for a step, a precision that the device lacks, a checkpoint of another model, a
-            damaged sample.
+            damaged sample, experts that cannot be shared out.
         NonFiniteError: a loss or gradient is NaN or infinite (with fp16 the loss scaler deals with gradients, as long
             as a smaller scale can help).
     """
     # set-up, or everything as it was when the checkpoint was saved
     device = torch.device(device)
     autocast(device, precision)  # complains now, not after the first batch
-    if is_sharded(model):
-        unfit = {
+    _check_together(
+        {
+            "train.parallel fsdp": is_sharded(model),
+            "moe.expert_parallel": expert_parallel > 1,
             "train.precision fp16": precision == "fp16",
-            "train.ema_decay": ema_decay,
-            "bsr.cache_prefix": prefix_cache,
+            "train.ema_decay": ema_decay > 0,
+            "bsr.cache_prefix": prefix_cache is not None,
+            "loss.conflict": loss_conflict != "none",
         }
-        if fields := [field for field, is_used in unfit.items() if is_used]:
-            raise ValueError(f"{', '.join(fields)}: not with train.parallel fsdp; use ddp, or leave them out")
+    )
     if is_slow(device, precision):
         say("warning: this CPU has no bf16 arithmetic: train.precision fp32 will be several times faster")
     model.to(device)
     set_step = getattr(model, "set_step", lambda step: None)
+    distributed.same_as_main([*model.buffers(), *(p for p in model.parameters() if not is_sharded(model))])
+    shares = ExpertShares(model, optimizer, expert_parallel)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = {name: (loss_weights or {}).get(name, task.default_weight) for name, task in tasks.items()}
     epoch_steps = steps_in_epoch(train_set, batch_size, accumulate)
@@ -150,12 +157,11 @@ def train(
         train_set, epochs=epochs, batch_size=batch_size, accumulate=accumulate, max_steps=max_steps
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    distributed.same_as_main([*model.buffers(), *(p for p in model.parameters() if not is_sharded(model))])
     if (rank := distributed.place()["rank"]) > 0:
         seed_everything(derive_seed(seed, rank))  # dropout and gate noise of its own
     ema = Ema(model, ema_decay) if ema_decay else None
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema}
-    saver = Saver(Path(run_dir) / "checkpoints", config_dict, **stateful)
+    saver = Saver(Path(run_dir) / "checkpoints", config_dict, shares=shares, **stateful)
     at = saver.resume(total_steps) if resume else Progress(total_steps)
     balance = lookup(BALANCES, loss_balance, "loss.balance")(weights, epoch_steps, at.loss_balance)
     aux_weights = {"balance_loss": balance_weight, "z_loss": z_weight}
@@ -239,10 +245,10 @@ def train(
             gradients.finish()
 
             # means over the processes
-            mean_gradients(trained.values())
+            shares.mean_gradients(trained)
             # step, unless a number is bad; reading the numbers is the only wait for the device
             scaler.unscale_(optimizer)
-            grad_norm = get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            grad_norm = shares.total_norm(trained)
             # with several data sets a task is in some of the micro-batches only
             means = [torch.stack(parts_of).mean() for parts_of in seen.values()]
             numbers = distributed.mean(torch.stack([*means, whole(grad_norm).float()])).tolist()
@@ -283,10 +289,29 @@ def train(
             saver.save("last", at, must=True)
         elif ema is not None:
             ema.keep()
+    shares.gather()
     distributed.wait_for_all()  # before the last checkpoint is whole, no process ends, which would end the others
     log.close()
     data_wait = waited_ms / (waited_ms + sum(step_ms)) if step_ms else 0.0
     return TrainResult(at, stop.signum, saver.folder / "last", step_ms, data_wait, distributed.num_processes())
+
+
+_NOT_TOGETHER = {
+    "train.parallel fsdp": ("train.precision fp16", "train.ema_decay", "bsr.cache_prefix"),
+    "moe.expert_parallel": (
+        "train.parallel fsdp",
+        "train.precision fp16",
+        "train.ema_decay",
+        "bsr.cache_prefix",
+        "loss.conflict",
+    ),
+}
+
+
+def _check_together(used: Mapping[str, bool]) -> None:
+    for field, others in _NOT_TOGETHER.items():
+        if used[field] and (found := [other for other in others if used[other]]):
+            raise ValueError(f"{', '.join(found)}: not with {field}; leave one of them out")
 
 
 class _StoppedError(Exception):

@@ -18,6 +18,15 @@ from m3bsr.moe.experts import Experts, whole_tensor
 REPLICA, EXPERT = "replica", "expert"
 
 
+def check_processes(expert_parallel: int, processes: int) -> None:
+    """Raise ValueError unless `expert_parallel` divides the number of processes."""
+    if processes % expert_parallel:
+        raise ValueError(
+            f"moe.expert_parallel {expert_parallel} needs a multiple of so many processes, this run has {processes}: "
+            f"start it by torchrun --nproc-per-node {expert_parallel}"
+        )
+
+
 def expert_mesh(expert_parallel: int, device_type: str) -> DeviceMesh:
     """The grid `(processes / expert_parallel, expert_parallel)` over all processes; called by all of them.
 
@@ -25,11 +34,7 @@ def expert_mesh(expert_parallel: int, device_type: str) -> DeviceMesh:
         ValueError: the number of processes is no multiple of `expert_parallel`.
     """
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if processes % expert_parallel:
-        raise ValueError(
-            f"moe.expert_parallel {expert_parallel} needs a multiple of so many processes, this run has {processes}: "
-            f"start it by torchrun --nproc-per-node {expert_parallel}"
-        )
+    check_processes(expert_parallel, processes)
     shape = (processes // expert_parallel, expert_parallel)
     return init_device_mesh(device_type, shape, mesh_dim_names=(REPLICA, EXPERT))
 
@@ -40,9 +45,12 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     The model must have the same weights on all processes and be settled in what trains; make the optimizer afterwards.
 
     Raises:
-        ValueError: the experts of a layer do not divide among the processes.
+        ValueError: the experts of a layer do not divide among the processes, or there are none.
     """
-    for name, experts in _layers(model):
+    layers = list(_layers(model))
+    if not layers:
+        raise ValueError("moe.expert_parallel: the model has no experts; see moe.blocks")
+    for name, experts in layers:
         try:
             experts.shard(mesh[EXPERT])
         except ValueError as error:

@@ -45,6 +45,27 @@ def test_two_processes_train_what_one_does_and_the_first_alone_writes(job, many,
     assert (tmp_path / "two/output-1.txt").read_text() == ""
 
 
+def test_two_processes_that_share_the_experts_out(job, many, tmp_path):
+    """The run is that of one process, and its folder can be used like any other, by one process too."""
+    argv = [job.config, *QUIET, "--train.batch-size", "1", "--train.max-steps", "2"]
+    assert train.main([*argv, "--run.dir", str(tmp_path / "one"), "--train.accumulate", "2"]) == 0
+    assert many.run(2, lambda rank: train.main([*argv, "--moe.expert-parallel", "2"]), tmp_path / "two") == [0, 0]
+    one, two = (load_file(run / "checkpoints/last/model.safetensors") for run in (tmp_path / "one", job.run))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
+    assert (job.run / "report.html").exists() and (job.run / "delta.safetensors").exists()
+    wanted = json.loads((tmp_path / "one/result.json").read_text())["metrics"]
+    assert evaluate.main([str(job.run), "--batch-size", "2"]) == 0
+    found = json.loads((job.run / "metrics-last-network.json").read_text())["metrics"]
+    for task, values in wanted.items():
+        assert found[task] == pytest.approx(values, rel=1e-3), task
+
+
+def test_too_few_processes_to_share_the_experts_out(job, capsys):
+    assert train.main([job.config, "--moe.expert-parallel", "2"]) == 2
+    assert "--nproc-per-node 2" in capsys.readouterr().err
+
+
 def test_a_user_error_is_said_once(job, many, tmp_path):
     pids = many.start(2, lambda rank: train.main([job.config, "--data.root", "no/such/folder"]), tmp_path)
     assert many.wait(pids) == [2, 2]
@@ -111,3 +132,19 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(job, tmp_path):
     assert "error: process 1 of 2 ended or does not answer" in done.stderr
     assert "going on from" in done.stderr and "after step 2" in done.stderr
     assert [r["step"] for r in read_log(job.run / "log.jsonl") if r["kind"] == "train"] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_torchrun_with_shared_out_experts_goes_on_without(job, tmp_path):
+    """Half of a run with shares of the experts, half without, is the whole run of one process."""
+    constant = ["--optim.schedule", "poly", "--optim.poly-power", "1e-9"]  # however long a half is
+    argv = [job.config, *QUIET, *constant, "--train.batch-size", "1"]
+    assert train.main([*argv, "--run.dir", str(tmp_path / "one"), "--train.accumulate", "2"]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(TOOLS / "train.py"), *argv]
+    halves = (["--moe.expert-parallel", "2", "--train.max-steps", "2"], ["--run.resume"])
+    for half in halves:
+        subprocess.run([*command, *half], check=True, timeout=500)
+    one, two = (load_file(run / "checkpoints/last/model.safetensors") for run in (tmp_path / "one", job.run))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)

@@ -83,3 +83,10 @@ def test_errors_come_before_the_work(run, tmp_path, capsys, monkeypatch):
     )
     assert "no such run folder" in fails(capsys, [tmp_path / "none", "--task", "depth"])
     assert not (tmp_path / "out").exists()
+
+
+def test_how_a_run_was_spread_over_processes_does_not_matter():
+    """Three experts do not divide among the two processes that shared out eight."""
+    config = Config(moe=MoEConfig(blocks=(9,), num_experts=8, top_k=2, expert_parallel=2), bsr=Plan(train_blocks=(9,)))
+    alone = extract_task.config_of(config, "depth", {9: (1, 4, 5)})
+    assert alone.moe.num_experts == (3,) and alone.moe.expert_parallel == 1

@@ -32,7 +32,7 @@ from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.prefix_cache import PrefixCache
 from m3bsr.engine.schedule import make_schedule
-from m3bsr.heads import HEADS, ClassifierHead, set_output_bias
+from m3bsr.heads import HEADS, ClassifierHead, set_output_bias, spread_levels
 from m3bsr.methods import find_method
 from m3bsr.models import MultiTaskModel, is_model_state, load_model_weights
 from m3bsr.tasks import TASKS
@@ -220,10 +220,9 @@ def build_model(config: Config) -> MultiTaskModel:
     method, value = find_method(config.model.method)
     tasks = build_tasks(config)
     backbone, heads = _build_backbone(config, {n: task.num_channels for n, task in tasks.items() if not task.dense})
-    dense_head = lookup(HEADS, config.model.head, "model.head")
     for name, task in tasks.items():
         if task.dense:
-            heads[name] = dense_head(backbone.embed_dim, task.num_channels, head_dim=config.model.head_dim)
+            heads[name] = _dense_head(config, backbone, task.num_channels)
             set_output_bias(heads[name], task.output_bias)
     model = MultiTaskModel(backbone, {name: heads[name] for name in tasks})
     backbone.set_plan(method.plan(config.bsr, len(backbone.blocks), value))
@@ -235,6 +234,22 @@ def build_model(config: Config) -> MultiTaskModel:
     if is_model:
         _load_model(config, model, source)
     return model
+
+
+def _dense_head(config: Config, backbone: TaskViTMixin, num_channels: int) -> nn.Module:
+    m, depth = config.model, len(backbone.blocks)
+    head = lookup(HEADS, m.head, "model.head")
+    levels: dict[str, Any] = {}
+    if head.num_levels > 1:
+        blocks = spread_levels(depth) if m.head_blocks is None else m.head_blocks
+        if blocks[-1:] != (depth - 1,):  # blocks behind it would run for nothing
+            raise ValueError(
+                f"model.head_blocks must end with the last block of the backbone ({depth - 1}), got {blocks}"
+            )
+        levels["blocks"] = blocks
+    elif m.head_blocks is not None:
+        raise ValueError(f"model.head_blocks is for heads of several levels; {m.head} reads the last block alone")
+    return head(backbone.embed_dim, num_channels, head_dim=m.head_dim, **levels)
 
 
 def build_datasets(config: Config, target_size: str = "network") -> tuple[Dataset, Dataset]:

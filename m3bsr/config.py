@@ -112,7 +112,9 @@ class ModelConfig:
     head: str = "light"
     """Head of every dense task (a name in m3bsr.heads.HEADS)."""
     head_dim: int = 128
-    """Width of the light head."""
+    """Width of the heads (upsample keeps its published 256)."""
+    head_blocks: tuple[int, ...] | None = None
+    """The four blocks that the multilevel head reads, the last one last; None: evenly spread."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block."""
     method: str = "bsr"
@@ -123,6 +125,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self, "model")
         _positive(self, "model", "head_dim")
+        if any(block < 0 for block in self.head_blocks or ()):
+            raise ValueError(f"model.head_blocks must hold integers from 0, got {self.head_blocks}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path must lie in [0, 1), got {self.drop_path}")
 

@@ -10,7 +10,7 @@ Shapes: B images, T tasks, N = P + h*w tokens, D channels.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class BackboneOutput:
     """Per task the drops that its tokens went through."""
     balance_loss: Tensor
     z_loss: Tensor
+    levels: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    """Per restored task the whole grid ``[B, P + h*w, D]`` behind each block that was asked for."""
 
 
 class TaskViTMixin(ReprogrammedMixin):
@@ -64,6 +66,7 @@ class TaskViTMixin(ReprogrammedMixin):
         *,
         restored: bool | Collection[str] = True,
         prefix: Prefix | None = None,
+        levels: Collection[int] = (),
     ) -> BackboneOutput:
         """Like :meth:`forward`, with routing, drops and auxiliary losses.
 
@@ -73,6 +76,9 @@ class TaskViTMixin(ReprogrammedMixin):
             restored: bring dropped tokens back, for all tasks or for those named; a classifier does without and saves
                 the memory.
             prefix: tokens of these images behind the first blocks, where they are known.
+            levels: blocks whose output is wanted, too, for the tasks that are restored. Dropped tokens are at their
+                places in each of them, with features as ``Plan.restore`` has it at that block. No graph hangs on the
+                levels before the first trained block, and tasks share those before the first task-dependent one.
 
         Raises:
             ValueError: an unknown task.
@@ -98,18 +104,29 @@ class TaskViTMixin(ReprogrammedMixin):
             y_BND, routing[index] = mlp(x_BND, streams, before_BND)
             return y_BND
 
-        state, grid = self.forward_tokens(
+        adapters = getattr(self, "bsr_adapters", None)
+        wanted, found = frozenset(levels), {task: dict[int, Tensor]() for task in tasks if task in whole}
+
+        def tap(index: int, state: TokenState) -> None:
+            if index in wanted and found:
+                grids = _streams(restore(state, self.plan.restore, grid, adapters), tasks, streams)
+                for task in found:
+                    found[task][index] = grids[task]
+
+        grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
+        state, _ = self.forward_tokens(
             images,
-            restorable=bool(whole & {*tasks}),
+            restorable=bool(found),
             run_mlp=run_mlp,
             fork=fork,
             want_before=self._gated_before(),
             prefix=prefix,
+            tap=tap,
         )
         per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
         left = _streams(state, tasks, streams)
-        if whole & {*tasks}:
-            state = restore(state, self.plan.restore, grid, getattr(self, "bsr_adapters", None))
+        if found:
+            state = restore(state, self.plan.restore, grid, adapters)
         grids = _streams(state, tasks, streams)
         learning = [r for i, r in routing.items() if self._gates_train(i)]
         zero = state.x_BND.new_zeros(())
@@ -120,6 +137,7 @@ class TaskViTMixin(ReprogrammedMixin):
             stages={task: state.undone + state.stages for task, state in zip(tasks, per_task, strict=True)},
             balance_loss=sum((r.balance_loss for r in learning), zero),
             z_loss=sum((r.z_loss for r in learning), zero),
+            levels=found,
         )
 
 

@@ -24,6 +24,7 @@ from m3bsr.utils.lookup import lookup
 
 RunMLP = Callable[[int, nn.Module, Tensor, Tensor | None], Tensor]
 Fork = Callable[[int, TokenState], TokenState]
+Tap = Callable[[int, TokenState], None]
 
 
 def plain_mlp(index: int, mlp: nn.Module, x_BND: Tensor, before_BND: Tensor | None) -> Tensor:
@@ -32,6 +33,10 @@ def plain_mlp(index: int, mlp: nn.Module, x_BND: Tensor, before_BND: Tensor | No
 
 def no_fork(index: int, state: TokenState) -> TokenState:
     return state
+
+
+def no_tap(index: int, state: TokenState) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def run_blocks(
     want_before: Collection[int] = (),
     first: int = 0,
     stop: int | None = None,
+    tap: Tap = no_tap,
 ) -> TokenState:
     """Run all blocks, or those from ``first`` up to but not with ``stop``.
 
@@ -107,6 +113,7 @@ def run_blocks(
         fork: called right before each MLP; may multiply the batch (one copy per task).
         want_before: blocks whose ``run_mlp`` is also given the tokens as they entered the block, before attention
             (those that are still there, fused with the same weights as the tokens themselves).
+        tap: given the tokens behind each block, drops in force and all; a decoder of several levels takes them here.
     """
     packer, selector = Packer.of(plan), SELECTORS[plan.select]
     dropping = partial(
@@ -131,6 +138,7 @@ def run_blocks(
                     f"behind a drop from the backward pass only timm's Block can run"
                 )
             state = replace(state, x_BND=block(state.x_BND))
+            tap(i, state)
             continue
         with_graph = i >= roles.first_trained and torch.is_grad_enabled()
         store = choose_storage(plan, packer, block, roles.trained[i]) if with_graph else Storage()
@@ -183,6 +191,7 @@ def run_blocks(
             ),
             before_BND=None,
         )
+        tap(i, state)
     if plan.drop_from == "backward" and state.stages and stop is None:  # nothing has left the forward pass
         state = restore(state, plan.restore, grid)
     return state

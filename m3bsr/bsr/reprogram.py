@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from m3bsr.bsr.forward import BlockRoles, Fork, RunMLP, block_roles, no_fork, plain_mlp, run_blocks
+from m3bsr.bsr.forward import BlockRoles, Fork, RunMLP, Tap, block_roles, no_fork, no_tap, plain_mlp, run_blocks
 from m3bsr.bsr.prefix import Prefix
 from m3bsr.bsr.restore import StageAffine
 from m3bsr.bsr.tokens import TokenState, num_kept, start
@@ -113,6 +113,7 @@ class ReprogrammedMixin(VisionTransformer):
         want_before: Collection[int] = (),
         prefix: Prefix | None = None,
         stop: int | None = None,
+        tap: Tap = no_tap,
     ) -> tuple[TokenState, tuple[int, int]]:
         """Images ``[B, 3, H, W]`` to the tokens behind the last block (before the final norm), and the patch grid.
 
@@ -142,6 +143,7 @@ class ReprogrammedMixin(VisionTransformer):
             want_before=want_before,
             first=prefix.num_blocks,
             stop=stop,
+            tap=tap,
         )
         return state, grid
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from m3bsr.cli.common import one_line_errors
 from m3bsr.cli.measure_cost import step_job
-from m3bsr.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, Plan, RunConfig, TrainConfig
+from m3bsr.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, Plan, RunConfig, TrainConfig, replace
 from m3bsr.engine.predict_cost import predict
 
 PUBLISHED: dict[str, Any] = {"train_blocks": (3, 7, 11), "drop_blocks": (3, 6, 9), "keep_rate": 0.5}
@@ -66,6 +66,8 @@ def cases(*, quick: bool = False) -> Iterator[tuple[str, Config]]:
             for batch in sizes:
                 yield name, _experts(model, plan, batch)
     yield from _in_bf16(quick)
+    for name, plan in {"full": {}, "BSR .5": {**PUBLISHED, "restore": "bypass"}, "BSR .7, restored": DENSE}.items():
+        yield f"multilevel, {name}", replace(_experts("m3vit_tiny_patch16", plan, 2), {"model.head": "multilevel"})
 
 
 def _in_bf16(quick: bool) -> Iterator[tuple[str, Config]]:

@@ -26,7 +26,7 @@ from m3bsr.cost import search_plans
 from m3bsr.cost.predict import Parts, backbone_parts, backbone_shape
 from m3bsr.cost.stages import Stage
 from m3bsr.cost.suggest import PlanRow
-from m3bsr.engine.predict_cost import precision_of, predict
+from m3bsr.engine.predict_cost import levels_read, precision_of, predict
 from m3bsr.engine.step_cost import StepJob
 
 DESCRIPTION = (
@@ -152,6 +152,7 @@ class PredictedCosts:
         self.shape = backbone_shape(backbone, (height, width), len(job.tasks))
         self.dense = any(task.dense for task in job.tasks.values())
         self._precision = precision_of(job.device, job.precision)
+        self._levels = levels_read(job.model, job.tasks)
         self._behind = self.full.parts[-1][1]
 
     def __call__(self, plan: Plan) -> tuple[float, int]:
@@ -184,7 +185,9 @@ class PredictedCosts:
         return sum(part.stored for _, part in self._parts(plan))
 
     def _parts(self, plan: Plan) -> Parts:
-        return backbone_parts(self.shape, plan, self.batch_size, restored=self.dense, precision=self._precision)
+        return backbone_parts(
+            self.shape, plan, self.batch_size, restored=self.dense, precision=self._precision, levels=self._levels
+        )
 
 
 def find_plans(

@@ -12,7 +12,7 @@ state, inputs), its peak is the highest of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,12 +119,19 @@ class Precision:
 
 
 def backbone_parts(
-    shape: BackboneShape, plan: Plan, batch_size: int, *, restored: bool = False, precision: Precision | None = None
+    shape: BackboneShape,
+    plan: Plan,
+    batch_size: int,
+    *,
+    restored: bool = False,
+    precision: Precision | None = None,
+    levels: Collection[int] = (),
 ) -> Parts:
     """The parts of a step up to the last block, in the order in which they run.
 
     Args:
         restored: dropped tokens come back, as for dense tasks.
+        levels: blocks whose output a decoder reads, beside the last one.
 
     Raises:
         ValueError: a plan that does not fit the model.
@@ -160,6 +167,13 @@ def backbone_parts(
         if i == shape.fork_at:
             rows *= shape.num_tasks
         parts.append((f"blocks.{i}.mlp", mlp_half(block, rows, num_tokens, role, size, aside)))
+        if i in levels and i < shape.depth - 1:
+            dropped = (
+                sum(b <= i for b in plan.drop_blocks) if plan.restore_before is None or i < plan.restore_before else 0
+            )
+            # the next block stores the same tensor as its input, unless it has no graph or packs what it stores
+            shared = not dropped and i + 1 >= roles.first_trained and size.x == FLOAT
+            parts.append((f"level {i}", _level(shape, rows, dropped, graph, shared)))
     if (restored or plan.drop_from == "backward") and plan.drop_blocks and plan.restore_before is None:
         parts.append(("restore", _restore(shape, plan, rows, roles.first_trained < shape.depth)))
     return parts
@@ -230,6 +244,15 @@ def _restore(shape: BackboneShape, plan: Plan, rows: int, graph: bool) -> Stage:
     return Stage(stored, stored + 3 * moved, stored + 3 * moved if graph else 0, gradient)
 
 
+def _level(shape: BackboneShape, rows: int, dropped: int, graph: bool, shared: bool) -> Stage:
+    """The whole grid behind a block, for a decoder that stores it; with drops in force a copy with all tokens."""
+    whole = FLOAT * rows * (shape.num_patches + shape.num_prefix) * shape.dim
+    stored = (0 if shared else whole) + (rows * shape.num_patches * INDEX * dropped if graph else 0)
+    return Stage(
+        stored, stored + (2 * whole if dropped else 0), stored + whole if graph else 0, waiting=whole if graph else 0
+    )
+
+
 def _trained_experts(shape: BackboneShape, plan: Plan, roles: BlockRoles) -> dict[int, int]:
     """How many experts train in each trained MoE block, where not all do."""
     blocks = [i for i, block in enumerate(shape.blocks) if block.num_experts and roles.trained[i]]
@@ -257,9 +280,12 @@ def peak_above_lasting(parts: Sequence[tuple[str, Stage]], embedded: int = 0) ->
         stored += part.stored
         held += part.held
     gradients = 0
+    waiting = sum(part.waiting for _, part in parts)
     for name, part in reversed(parts):
         stored -= part.stored
-        points.append((stored + gradients + part.backward_peak, f"{name}, backward"))
+        waiting -= part.waiting
+        at_hand = 0 if name == "behind" else waiting  # what lies behind the blocks counts the gradients that it leaves
+        points.append((stored + gradients + at_hand + part.backward_peak, f"{name}, backward"))
         gradients += part.gradient
     return max(points)
 
@@ -357,18 +383,20 @@ def predict_step(
     precision: Precision | None = None,
     restored: bool = False,
     num_tasks: int | None = None,
+    levels: Collection[int] = (),
 ) -> Prediction:
     """Predict a training step of ``model`` under ``plan``. The model is not run and may be on the meta device.
 
     Args:
         model: a timm ``VisionTransformer`` or a model with one as ``.backbone``, dense or with experts.
         image_size: height and width of the images, by default the model's own.
-        behind: ``behind(copy, features [rows, N, D]) -> loss``: what runs behind the last block, on a copy of the model
-            without content; by default timm's final norm, pooling and classifier, and cross-entropy.
+        behind: ``behind(copy, features [rows, N, D], *levels) -> loss``: what runs behind the last block, on a copy of
+            the model without content; by default timm's final norm, pooling and classifier, and cross-entropy.
         input_bytes: images and targets; by default fp32 images and int64 labels.
         optimizer: ``adamw`` or ``sgd`` (with momentum), ``fused adamw`` or ``fused sgd`` (PyTorch's fused update).
         restored: ``behind`` gets the whole grid, dropped tokens restored (dense tasks).
         num_tasks: tasks at once, by default all that the model knows; with task gates each has its own tokens.
+        levels: blocks whose whole grids ``behind`` gets, too, each ``[rows, N, D]``; not the last one.
 
     Raises:
         ValueError: a model or block without a formula, a plan that does not fit, an unknown optimizer.
@@ -377,14 +405,19 @@ def predict_step(
     lookup(OPTIMIZER_COPIES, optimizer, "optimizer")
     height, width = image_size or vit.patch_embed.img_size
     shape = backbone_shape(vit, (height, width), num_tasks)
-    parts = backbone_parts(shape, plan, batch_size, restored=restored, precision=precision)
+    parts = backbone_parts(shape, plan, batch_size, restored=restored, precision=precision, levels=levels)
     whole = shape.num_prefix + shape.num_patches
     left = tokens_left(plan, shape.num_patches, shape.num_prefix, shape.depth)
-    rows = batch_size * (shape.num_tasks if shape.fork_at is not None else 1)
-    features = (rows, whole if restored else left, shape.dim)
-    graph = block_roles(plan, shape.depth).first_trained < shape.depth
+
+    def rows_behind(block: int) -> int:
+        return batch_size * (shape.num_tasks if shape.fork_at is not None and block >= shape.fork_at else 1)
+
+    features = (rows_behind(shape.depth), whole if restored else left, shape.dim)
+    first_trained = block_roles(plan, shape.depth).first_trained
+    earlier = [(rows_behind(i), whole, shape.dim, i >= first_trained) for i in sorted(levels)]
+    graph = first_trained < shape.depth
     autocast = precision is not None and precision.autocast
-    parts.append(("behind", trace_behind(model, behind or _classifier, features, graph, autocast)))
+    parts.append(("behind", trace_behind(model, behind or _classifier, features, graph, autocast, earlier)))
     tensors = [*model.parameters(), *model.buffers()]
     if input_bytes is None:
         input_bytes = batch_size * (FLOAT * 3 * height * width + INDEX)

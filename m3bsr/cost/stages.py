@@ -56,6 +56,8 @@ class Stage(NamedTuple):
     backward_macs: int = 0
     held: int = 0
     """Kept in the forward pass only, until the grid is restored."""
+    waiting: int = 0
+    """Gradient that a decoder of several levels leaves for this part; it waits while later parts run backward."""
 
 
 class BlockShape(NamedTuple):

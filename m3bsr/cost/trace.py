@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 from m3bsr.cost.flops import count_macs
 from m3bsr.cost.stages import Stage
 
-Behind = Callable[[Any, Tensor], Tensor]
+Behind = Callable[..., Tensor]
+Level = tuple[int, int, int, bool]
+"""Shape ``[rows, N, D]`` of what a decoder reads of an earlier block, and whether a gradient goes on into that."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -76,29 +78,38 @@ def fake_copy(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def trace_behind(
-    model: nn.Module, behind: Behind, features: tuple[int, int, int], needs_grad: bool, autocast: bool = False
+    model: nn.Module,
+    behind: Behind,
+    features: tuple[int, int, int],
+    needs_grad: bool,
+    autocast: bool = False,
+    levels: Sequence[Level] = (),
 ) -> Stage:
-    """Cost of ``behind(copy of model, features) -> loss`` forward and backward; every parameter that it uses trains.
+    """Cost of ``behind(copy of model, features, *levels) -> loss`` forward and backward; every parameter that it uses
+    trains.
 
     Args:
         features: shape ``[rows, N, D]`` of the tokens behind the last block; they count if they are stored.
         needs_grad: whether a gradient goes on into the blocks.
         autocast: to bfloat16.
+        levels: outputs of earlier blocks, which count there; their gradients count here, too.
     """
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
     with FakeTensorMode(allow_non_fake_inputs=True):
         twin = fake_copy(model, device).train()
         twin.requires_grad_(True)
+        earlier = [torch.empty(shape, device=device, requires_grad=grad) for *shape, grad in levels]
 
         def loss() -> Tensor:
             # Not a leaf of the graph, which would keep it even if nothing needs it for its gradient.
             x_BND = torch.empty(features, device=device) + torch.zeros(1, device=device, requires_grad=needs_grad)
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                return behind(twin, x_BND)
+                return behind(twin, x_BND, *earlier)
 
         macs = count_macs(lambda: loss().backward())
-        twin.zero_grad(set_to_none=True)
+        for tensor in (*twin.parameters(), *earlier):
+            tensor.grad = None
         with LiveBytes() as live:
             value = loss()
             stored, forward = live.now, live.peak

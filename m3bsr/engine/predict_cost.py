@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3bsr.backbones import BackboneOutput
 from m3bsr.bsr.attention import use_explicit_attention
 from m3bsr.cost import Precision, Prediction, predict_step
 from m3bsr.engine.precision import PRECISIONS
 from m3bsr.engine.step_cost import StepJob
+from m3bsr.heads import DenseHead
 from m3bsr.plan import Plan
 
 
@@ -32,15 +34,24 @@ def predict(job: StepJob, plan: Plan | None = None) -> Prediction:
     grid = backbone.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
     inputs: dict[str, Tensor] = {}
 
-    def behind(twin: Any, x_BND: Tensor) -> Tensor:
+    levels = levels_read(job.model, job.tasks)
+
+    def streams(x_BND: Tensor) -> Sequence[Tensor]:
+        """Of each task, from the stack of all or from what they share."""
+        return x_BND.chunk(len(job.tasks)) if len(x_BND) > len(images) else [x_BND] * len(job.tasks)
+
+    def behind(twin: Any, x_BND: Tensor, *earlier: Tensor) -> Tensor:
         if not inputs:
             inputs.update(
                 {n: torch.empty(shape, dtype=dtype, device=x_BND.device) for n, (shape, dtype) in shapes.items()}
             )
-        stacked = len(x_BND) > len(images)
-        features = x_BND.chunk(len(job.tasks)) if stacked else [x_BND] * len(job.tasks)
         zero = x_BND.new_zeros(())
-        output = BackboneOutput(dict(zip(job.tasks, features, strict=True)), grid, {}, {}, zero, zero)
+        read: dict[str, dict[int, Tensor]] = {task: {} for task in job.tasks}
+        for block, level in (*zip(levels, earlier, strict=True), (len(backbone.blocks) - 1, x_BND)):
+            for task, stream in zip(job.tasks, streams(level), strict=True):
+                read[task][block] = stream
+        features = dict(zip(job.tasks, streams(x_BND), strict=True))
+        output = BackboneOutput(features, grid, {}, {}, zero, zero, read)
         twin.backbone.forward_tasks = lambda *args, **options: output
         return job.loss(twin, inputs)
 
@@ -55,6 +66,7 @@ def predict(job: StepJob, plan: Plan | None = None) -> Prediction:
         precision=precision_of(job.device, job.precision),
         restored=dense,
         num_tasks=len(job.tasks),
+        levels=levels,
     )
 
 
@@ -62,6 +74,13 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
     """Its name in ``m3bsr.cost.predict.OPTIMIZER_COPIES``."""
     name = "sgd" if isinstance(optimizer, torch.optim.SGD) else "adamw"
     return f"fused {name}" if optimizer.defaults.get("fused") else name
+
+
+def levels_read(model: nn.Module, tasks: Collection[str]) -> tuple[int, ...]:
+    """The blocks before the last one that heads of several levels read for ``tasks``."""
+    heads: Any = model.get_submodule("heads")
+    read = {block for task in tasks if isinstance(heads[task], DenseHead) for block in heads[task].reads[:-1]}
+    return tuple(sorted(read))
 
 
 def precision_of(device: torch.device, precision: str) -> Precision:

@@ -1,6 +1,7 @@
 """Decoders from patch tokens on a grid to per-pixel outputs, by name.
 
-``HEADS[name](embed_dim, num_channels, head_dim=128)``; ``head(x_BDHW, size)`` gives ``[B, num_channels, *size]``.
+``HEADS[name](embed_dim, num_channels, head_dim=128)``; ``head(x_BDHW, size)`` gives ``[B, num_channels, *size]``. A
+head of several levels (``num_levels``) also takes ``blocks=``, and reads one map of each of them instead of ``x_BDHW``.
 A new head is one file and one line in ``HEADS``. ``ClassifierHead`` is for one class per image.
 """
 
@@ -9,16 +10,19 @@ from __future__ import annotations
 from torch import nn
 
 from m3bsr.heads.aspp import ASPPHead
+from m3bsr.heads.base import DenseHead
 from m3bsr.heads.classifier import ClassifierHead
 from m3bsr.heads.light import LightHead
+from m3bsr.heads.multilevel import MultiLevelHead, spread_levels
 from m3bsr.heads.pyramid import PyramidHead
 from m3bsr.heads.upsample import UpsampleHead, load_published_head
 
-HEADS: dict[str, type[nn.Module]] = {
+HEADS: dict[str, type[DenseHead]] = {
     "upsample": UpsampleHead,
     "light": LightHead,
     "aspp": ASPPHead,
     "pyramid": PyramidHead,
+    "multilevel": MultiLevelHead,
 }
 
 
@@ -31,9 +35,12 @@ __all__ = [
     "HEADS",
     "ASPPHead",
     "ClassifierHead",
+    "DenseHead",
     "LightHead",
+    "MultiLevelHead",
     "PyramidHead",
     "UpsampleHead",
     "load_published_head",
     "set_output_bias",
+    "spread_levels",
 ]

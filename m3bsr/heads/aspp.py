@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3bsr.heads.layers import ChannelNorm, resize_bilinear
+from m3bsr.heads.base import DenseHead, check_width
+from m3bsr.heads.layers import ChannelNorm
 
 # Of DeepLabv3 for maps of 1/16: a 3x3 kernel with dilation 18 sees 37x37 patches.
 DILATIONS = (6, 12, 18)
 
 
-class ASPPHead(nn.Module):
+class ASPPHead(DenseHead):
     """LayerNorm, 1x1 to ``head_dim``; 1x1, dilated 3x3 and the mean of the image side by side; 1x1, 3x3, 1x1, resize.
 
     After DeepLabv3 (Chen et al. 2017), with three differences: the branches read ``head_dim`` channels, not those of
@@ -25,8 +26,7 @@ class ASPPHead(nn.Module):
 
     def __init__(self, embed_dim: int, num_channels: int, head_dim: int = 128) -> None:
         super().__init__()
-        if head_dim < 1:
-            raise ValueError(f"aspp head: head_dim must be at least 1, got {head_dim}")
+        check_width("aspp", head_dim)
         self.norm = ChannelNorm(embed_dim, eps=1e-6)
         self.project = nn.Conv2d(embed_dim, head_dim, 1)
         self.branches = nn.ModuleList(
@@ -38,11 +38,11 @@ class ASPPHead(nn.Module):
         self.refine = _conv(head_dim, head_dim, 3, 1)
         self.logits = nn.Conv2d(head_dim, num_channels, 1)
 
-    def forward(self, x_BDHW: Tensor, size: tuple[int, int]) -> Tensor:
-        x = F.gelu(self.project(self.norm(x_BDHW)))
+    def features(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.project(self.norm(x)))
         views = [branch(x) for branch in self.branches]
         views.append(self.pooled(x).expand_as(x))
-        return resize_bilinear(self.logits(self.refine(self.merge(torch.cat(views, dim=1)))), size)
+        return self.refine(self.merge(torch.cat(views, dim=1)))
 
 
 def _conv(width_in: int, width: int, kernel: int, dilation: int) -> nn.Sequential:

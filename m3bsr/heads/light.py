@@ -7,7 +7,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3bsr.heads.layers import ChannelNorm, resize_bilinear
+from m3bsr.heads.base import DenseHead, check_width
+from m3bsr.heads.layers import ChannelNorm
 
 
 class SeparableBlock(nn.Module):
@@ -27,7 +28,7 @@ class SeparableBlock(nn.Module):
         return x_BCHW + F.gelu(self.norm(self.pointwise(self.depthwise(x_BCHW))))
 
 
-class LightHead(nn.Module):
+class LightHead(DenseHead):
     """LayerNorm, 1x1 to ``head_dim``, separable block, bilinear x2, separable block, 1x1 logits, one resize.
 
     ``forward(x_BDHW, size)``: tokens on their grid ``[B, embed_dim, h, w]`` to logits ``[B, num_channels, *size]``.
@@ -38,15 +39,13 @@ class LightHead(nn.Module):
 
     def __init__(self, embed_dim: int, num_channels: int, head_dim: int = 128) -> None:
         super().__init__()
-        if head_dim < 1:
-            raise ValueError(f"light head: head_dim must be at least 1, got {head_dim}")
+        check_width("light", head_dim)
         self.norm = ChannelNorm(embed_dim, eps=1e-6)
         self.project = nn.Conv2d(embed_dim, head_dim, 1)
         self.coarse = SeparableBlock(head_dim)
         self.fine = SeparableBlock(head_dim)
         self.logits = nn.Conv2d(head_dim, num_channels, 1)
 
-    def forward(self, x_BDHW: Tensor, size: tuple[int, int]) -> Tensor:
-        x = self.coarse(self.project(self.norm(x_BDHW)))
-        x = self.fine(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
-        return resize_bilinear(self.logits(x), size)
+    def features(self, x: Tensor) -> Tensor:
+        x = self.coarse(self.project(self.norm(x)))
+        return self.fine(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3bsr.heads.base import DenseHead
 from m3bsr.heads.layers import ChannelNorm, resize_bilinear
 
 WIDTH = 256
 NUM_STAGES = 4
 
 
-class UpsampleHead(nn.Module):
+class UpsampleHead(DenseHead):
     """LayerNorm, 4 x [conv 3x3 to 256, BatchNorm, ReLU, bilinear x2], conv 1x1, resize (SETR-PUP, Zheng et al. 2021).
 
     ``forward(x_BDHW, size)``: tokens on their grid ``[B, embed_dim, h, w]`` to logits ``[B, num_channels, *size]``.
@@ -33,13 +34,15 @@ class UpsampleHead(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(WIDTH) for _ in range(NUM_STAGES))
         self.logits = nn.Conv2d(WIDTH, num_channels, 1)
 
-    def forward(self, x_BDHW: Tensor, size: tuple[int, int]) -> Tensor:
-        x = self.norm(x_BDHW)
-        last = NUM_STAGES - 1
+    def features(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
         for stage, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = F.interpolate(x, scale_factor=2, mode="bilinear") if stage else x
             x = F.relu(norm(conv(x)))
-            x = F.interpolate(self.logits(x) if stage == last else x, scale_factor=2, mode="bilinear")
-        return resize_bilinear(x, size)
+        return x
+
+    def predict(self, features_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+        return resize_bilinear(F.interpolate(self.logits(features_BCHW), scale_factor=2, mode="bilinear"), size)
 
 
 def published_to_head(state_dict: Mapping[str, Tensor], task: str) -> dict[str, Tensor]:

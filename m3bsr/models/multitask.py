@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from m3bsr.backbones import TaskViTMixin
 from m3bsr.bsr import DropStage, Prefix
-from m3bsr.heads import ClassifierHead
+from m3bsr.heads import ClassifierHead, DenseHead
 from m3bsr.moe import Routing
 
 
@@ -32,8 +32,8 @@ class ModelOutput:
 class MultiTaskModel(nn.Module):
     """``model(images, tasks=("depth",))`` runs that task's path alone: its gates, its experts, its head.
 
-    Dense heads get the patch tokens on their grid, dropped ones restored. Classifiers get the tokens that are left,
-    whatever other tasks are asked for.
+    Dense heads get the patch tokens on their grid, dropped ones restored; those of several levels one such map for each
+    block that they read. Classifiers get the tokens that are left, whatever other tasks are asked for.
     """
 
     def __init__(self, backbone: TaskViTMixin, heads: Mapping[str, nn.Module]) -> None:
@@ -67,11 +67,16 @@ class MultiTaskModel(nn.Module):
         """
         size = (images.shape[-2], images.shape[-1]) if size is None else size
         dense = [task for task in (self.tasks if tasks is None else tasks) if self._is_dense(task)]
-        output = self.backbone.forward_tasks(images, tasks, restored=dense, prefix=prefix)
+        levels = {block for task in dense for block in self._levels(task)}
+        output = self.backbone.forward_tasks(images, tasks, restored=dense, levels=levels, prefix=prefix)
         predictions = {}
         for task, x_BND in output.features.items():
             head = self.heads[task]
-            predictions[task] = head(self._grid(x_BND, output.grid), size) if self._is_dense(task) else head(x_BND)
+            if self._levels(task):
+                maps = [self._grid(output.levels[task][block], output.grid) for block in self._levels(task)]
+                predictions[task] = head(maps, size)
+            else:
+                predictions[task] = head(self._grid(x_BND, output.grid), size) if self._is_dense(task) else head(x_BND)
         return ModelOutput(
             predictions=predictions,
             balance_loss=output.balance_loss,
@@ -92,6 +97,11 @@ class MultiTaskModel(nn.Module):
 
     def _is_dense(self, task: str) -> bool:
         return task in self.heads and not isinstance(self.heads[task], ClassifierHead)
+
+    def _levels(self, task: str) -> tuple[int, ...]:
+        """The blocks that the head of a task reads, if it reads several."""
+        head = self.heads[task]
+        return head.reads if isinstance(head, DenseHead) else ()
 
     def _grid(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens as a map ``[B, D, h, w]``."""

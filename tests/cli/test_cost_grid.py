@@ -11,7 +11,8 @@ from m3bsr.cli.cost_grid import cases, compare, main
 from m3bsr.cli.measure_cost import main as measure_cost
 
 QUICK = {(config.model.backbone, name, config.train.precision): config for name, config in cases(quick=True)}
-SOME = [key for key in QUICK if key[1] in ("BSR .5", "BSR .7, restored", "BSR .7, restored, both") and key[2] == "fp32"]
+NAMES = ("BSR .5", "BSR .7, restored", "BSR .7, restored, both", "multilevel, BSR .5")
+SOME = [key for key in QUICK if key[1] in NAMES and key[2] == "fp32"]
 
 
 @pytest.mark.parametrize("key", SOME, ids=" ".join)

@@ -103,6 +103,24 @@ def test_every_way_of_restoring_gives_full_maps(restore: str) -> None:
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_a_head_of_levels_trains_on_the_blocks_that_it_reads() -> None:
+    """Frozen blocks before the first trained one feed the head and get no gradient; every head learns."""
+    plan = Plan(train_blocks=(9, 11), drop_blocks=(3, 6), keep_rate=0.5, restore_before=11)
+    model = make(plan, **{"model.head": "multilevel", "model.head_blocks": (1, 4, 9, 11)}).train()
+    output = model(images(), size=(16, 24))
+    assert {task: p.shape[1:] for task, p in output.predictions.items()} == {
+        "semseg": (40, 16, 24),
+        "depth": (1, 16, 24),
+        "normals": (3, 16, 24),
+    }
+    sum(p.square().mean() for p in output.predictions.values()).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == with_gradient
+    assert {name.split(".")[2] for name in with_gradient if name.startswith("backbone.blocks.")} == {"9", "11"}
+    depth = model.eval()(images(), tasks=("depth",)).predictions["depth"]
+    torch.testing.assert_close(depth, model(images()).predictions["depth"], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_of_another_run_start_a_model_with_a_new_task() -> None:
     source = make(**{"data.tasks": ("semseg", "depth")})
     model = make()
@@ -122,6 +140,9 @@ def test_weights_of_another_run_start_a_model_with_a_new_task() -> None:
         ({"model.backbone": "m3vit_tny_patch16"}, "did you mean 'm3vit_tiny_patch16'"),
         ({"model.backbone": "resnet18"}, "not a timm VisionTransformer"),
         ({"model.head": "lite"}, "did you mean 'light'"),
+        ({"model.head_blocks": (2, 5, 8, 11)}, "light reads the last block alone"),
+        ({"model.head": "multilevel", "model.head_blocks": (2, 5, 8, 10)}, "must end with the last block"),
+        ({"model.head": "multilevel", "model.head_blocks": (2, 5, 11)}, "must name 4 blocks"),
         ({"data.tasks": ("semseg", "dept")}, "did you mean 'depth'"),
         ({"data.tasks": ("saliency",)}, "saliency"),
         ({"moe.gate": "vmo"}, "did you mean 'vmoe'"),

@@ -5,7 +5,7 @@ Hardware:  one GPU with 24 GB (bf16)
 Time:      not measured yet
 Expected:  not measured yet; the published M3ViT-small (all trained) reaches mIoU 72.8 (semseg), 62.1 (human parts) and
            66.3 (saliency), normals 14.5 degrees, edge odsF 71.7
-Full fine-tuning: add --bsr.train-blocks all --bsr.drop-blocks
+Full fine-tuning: configs/moe_pascal_full.py; by the published recipe: configs/moe_pascal_m3vit.py
 """
 
 from m3bsr.config import (

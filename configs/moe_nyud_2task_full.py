@@ -1,0 +1,15 @@
+"""M3ViT-small on NYUD at 480x640, two tasks, everything trained: what BSR is compared with.
+
+Command:   tools/train.py configs/moe_nyud_2task_full.py --data.root DATA/NYUD_MT
+Hardware:  one GPU with 24 GB
+Time:      not measured yet
+Expected:  not measured yet; the published M3ViT-small reaches mIoU 45.6, rmse .589
+"""
+
+from pathlib import Path
+
+from m3bsr.config import Plan, load_config, replace
+
+config = replace(
+    load_config(Path(__file__).with_name("moe_nyud_2task.py")), {"bsr": Plan(), "run.dir": "runs/moe_nyud_2task_full"}
+)

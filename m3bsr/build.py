@@ -32,7 +32,7 @@ from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.prefix_cache import PrefixCache
 from m3bsr.engine.schedule import make_schedule
-from m3bsr.heads import HEADS, ClassifierHead, set_output_bias, spread_levels
+from m3bsr.heads import HEADS, ClassifierHead, CrossTaskRefinement, DenseHead, set_output_bias, spread_levels
 from m3bsr.methods import find_method
 from m3bsr.models import MultiTaskModel, is_model_state, load_model_weights
 from m3bsr.tasks import TASKS
@@ -224,7 +224,11 @@ def build_model(config: Config) -> MultiTaskModel:
         if task.dense:
             heads[name] = _dense_head(config, backbone, task.num_channels)
             set_output_bias(heads[name], task.output_bias)
-    model = MultiTaskModel(backbone, {name: heads[name] for name in tasks})
+    refinement = None
+    if config.model.refine_dim:
+        meeting = {name: head for name in tasks if isinstance(head := heads[name], DenseHead)}
+        refinement = CrossTaskRefinement(meeting, config.model.refine_dim, config.loss.refine_weight)
+    model = MultiTaskModel(backbone, {name: heads[name] for name in tasks}, refinement)
     backbone.set_plan(method.plan(config.bsr, len(backbone.blocks), value))
     source = _read(config)
     is_model = isinstance(source, dict) and is_model_state(source)

@@ -115,6 +115,8 @@ class ModelConfig:
     """Width of the heads (upsample keeps its published 256)."""
     head_blocks: tuple[int, ...] | None = None
     """The four blocks that the multilevel head reads, the last one last; None: evenly spread."""
+    refine_dim: int = 0
+    """Width of the cross-task refinement (M3ViT's TAM, any number of tasks), in training only; 0: none."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block."""
     method: str = "bsr"
@@ -125,6 +127,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self, "model")
         _positive(self, "model", "head_dim")
+        _not_negative(self, "model", "refine_dim")
         if any(block < 0 for block in self.head_blocks or ()):
             raise ValueError(f"model.head_blocks must hold integers from 0, got {self.head_blocks}")
         if not 0 <= self.drop_path < 1:
@@ -208,10 +211,13 @@ class LossConfig:
     """Compute training losses at 1/stride of the resolution (evaluation stays exact)."""
     label_smoothing: float = 0.0
     """Label smoothing of classification and segmentation."""
+    refine_weight: float = 1.0
+    """Weight of the auxiliary losses of model.refine_dim, beside the weights of the tasks."""
 
     def __post_init__(self) -> None:
         check_fields(self, "loss")
         _positive(self, "loss", "stride")
+        _not_negative(self, "loss", "refine_weight")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"loss.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         for task, weight in self.weights.items():

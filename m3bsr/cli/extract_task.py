@@ -163,7 +163,9 @@ def config_of(config: Config, task: str, experts: Experts) -> Config:
             "moe.expert_parallel": 1,
             "bsr.train_experts": _train_experts(config, experts),
         }
-    return replace(config, {**changes, "model.weights": "", "run.resume": False, "run.overwrite": False})
+    return replace(
+        config, {**changes, "model.refine_dim": 0, "model.weights": "", "run.resume": False, "run.overwrite": False}
+    )
 
 
 def _train_experts(config: Config, experts: Experts) -> Any:
@@ -194,7 +196,7 @@ def extract(model: MultiTaskModel, task: str, experts: Experts, config: Config) 
         layer = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
         layer = keep_experts(layer, ids, task, _mlp(model, block).tasks)
         state |= {prefix + key: tensor for key, tensor in layer.items()}
-    others = tuple(f"heads.{name}." for name in model.tasks if name != task)
+    others = ("refinement.", *(f"heads.{name}." for name in model.tasks if name != task))
     small.load_state_dict({key: tensor for key, tensor in state.items() if not key.startswith(others)})
     return small
 

@@ -2,10 +2,11 @@
 
 Training lines hold ``kind="train", step, epoch, loss, losses {task}, balance_loss, z_loss, lr, grad_norm,
 samples_per_s, step_ms, data_wait``: means over the steps since the line before; ``step_ms`` is without waiting for
-data and ``data_wait`` the share of time that was waited; ``loss_weights {task}``, where they are learned, are those of
-the next step. Validation lines hold ``kind="val", step, epoch, best_step,
-protocol, metrics {task: {metric}}``. Models with experts add ``routing {block: {load, entropy, overlap, ...}}`` (see
-``m3bsr.moe.stats``) to both, over the steps since the line before or the whole evaluation. ``step`` counts finished
+data and ``data_wait`` the share of time that was waited; ``auxiliary_loss`` (cross-task refinement) is the weighted
+sum; ``loss_weights {task}``, where they are learned, are those of the next step. Validation lines hold
+``kind="val", step, epoch, best_step, protocol, metrics {task: {metric}}``. Models with experts add
+``routing {block: {load, entropy, overlap, ...}}`` (see ``m3bsr.moe.stats``) to both, over the steps since the line
+before or the whole evaluation. ``step`` counts finished
 steps. A damaged sample that was replaced has a line ``kind="damaged", step, split, error``, once.
 """
 

@@ -24,16 +24,28 @@ def task_losses(
     balance_weight: float = 0.0,
     z_weight: float = 0.0,
 ) -> dict[str, Tensor]:
-    """The weighted sum under ``loss``, and its parts: ``losses/<task>``, ``balance_loss``, ``z_loss``; all float32.
+    """The weighted sum under ``loss``, and its parts: ``losses/<task>``, ``balance_loss``, ``z_loss``, and where there
+    are auxiliary predictions ``auxiliary_loss``, their weighted sum; all float32.
 
     Targets larger than the predictions are sampled at their size.
     """
-    losses = {}
-    for name, prediction in output.predictions.items():
-        target = tasks[name].resize_target(targets[name], tuple(prediction.shape[-2:]))
-        losses[name] = tasks[name].loss(prediction.float(), target)
+    losses = _losses(output.predictions, targets, tasks)
     balance_loss, z_loss = output.balance_loss.float(), output.z_loss.float()
     loss = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
     loss = loss + balance_weight * balance_loss + z_weight * z_loss
     named = {f"losses/{name}": value for name, value in losses.items()}
+    if auxiliary := _losses(getattr(output, "auxiliary", {}), targets, tasks):
+        summed = torch.stack([weights[name] * loss for name, loss in auxiliary.items()]).sum()
+        named["auxiliary_loss"] = output.auxiliary_weight * summed
+        loss = loss + named["auxiliary_loss"]
     return {"loss": loss, **named, "balance_loss": balance_loss, "z_loss": z_loss}
+
+
+def _losses(
+    predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], tasks: Mapping[str, Task]
+) -> dict[str, Tensor]:
+    losses = {}
+    for name, prediction in predictions.items():
+        target = tasks[name].resize_target(targets[name], (prediction.shape[-2], prediction.shape[-1]))
+        losses[name] = tasks[name].loss(prediction.float(), target)
+    return losses

@@ -36,7 +36,7 @@ def param_groups(
     weight_decay: float,
     head_lr_scale: float = 1.0,
     layer_decay: float = 1.0,
-    head_prefixes: tuple[str, ...] = ("heads.",),
+    head_prefixes: tuple[str, ...] = ("heads.", "refinement."),
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the parameters that train; frozen ones are in none, so they get no optimizer state.
 

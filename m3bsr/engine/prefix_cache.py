@@ -111,6 +111,8 @@ class PrefixCache:
         backbone = model.backbone
         self.model = model
         self.num_blocks, ends = frozen_prefix(backbone, backbone.plan)
+        if model.first_read < self.num_blocks:  # a head wants the output of a block itself, not what lies behind it
+            self.num_blocks, ends = model.first_read, f"a head reads block {model.first_read}"
         if self.num_blocks == 0:
             raise ValueError(f"bsr.cache_prefix: there is nothing to keep: {ends}")
         with autocast(device, precision):

@@ -15,6 +15,7 @@ from m3bsr.heads.classifier import ClassifierHead
 from m3bsr.heads.light import LightHead
 from m3bsr.heads.multilevel import MultiLevelHead, spread_levels
 from m3bsr.heads.pyramid import PyramidHead
+from m3bsr.heads.refine import CrossTaskRefinement
 from m3bsr.heads.upsample import UpsampleHead, load_published_head
 
 HEADS: dict[str, type[DenseHead]] = {
@@ -35,6 +36,7 @@ __all__ = [
     "HEADS",
     "ASPPHead",
     "ClassifierHead",
+    "CrossTaskRefinement",
     "DenseHead",
     "LightHead",
     "MultiLevelHead",

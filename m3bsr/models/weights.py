@@ -9,7 +9,7 @@ from torch import Tensor
 from m3bsr.models.multitask import MultiTaskModel
 
 # Parts that a model may have and the run that it starts from not: they begin fresh.
-MAY_BE_NEW = ("heads.", ".mlp.gates.", ".bsr_adapters.", ".lora_", ".ls2.adapter.")
+MAY_BE_NEW = ("heads.", "refinement.", ".mlp.gates.", ".bsr_adapters.", ".lora_", ".ls2.adapter.")
 # Parts without which the rest of a run's weights is not what was trained.
 MAY_NOT_BE_LOST = (".lora_", ".ls2.adapter.")
 

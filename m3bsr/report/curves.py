@@ -30,6 +30,7 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, Ser
         charts += [(f"{task}: {name}", {name: _points(val, "metrics", task, name)}) for name in names]
     charts += [
         ("load balance loss", {"balance": _points(train, "balance_loss")}),
+        ("auxiliary loss", {"auxiliary": _points(train, "auxiliary_loss")}),
         ("gradient norm", {"norm": _points(train, "grad_norm")}),
         ("learning rate", {"lr": _points(train, "lr")}),
         ("step time, ms", {"ms": _points(train, "step_ms")}),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m3bsr.cli import evaluate, train
+from m3bsr.cli import evaluate, extract_task, train
 from m3bsr.cli.common import one_line_errors
 from m3bsr.engine import read_log
 
@@ -58,17 +58,22 @@ def test_train_then_evaluate_from_the_checkpoint_alone(job, capsys, tmp_path):
     assert "gone" in message
 
 
-def test_a_stopped_run_resumes_to_the_same_bits(job, capsys, monkeypatch, tmp_path):
-    """With everything random in it: augmentation, gate noise, stochastic depth."""
-    assert train.main([job.config, "--run.dir", str(tmp_path / "whole")]) == 0
+def stop_in_step(monkeypatch, at):
+    """The next run gets a SIGTERM in its step ``at`` (0-based)."""
     build_model = train.build_model
 
     def stopping(config):
         model = build_model(config)
-        model.set_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 2 else None
+        model.set_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == at else None
         return model
 
     monkeypatch.setattr(train, "build_model", stopping)
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(job, capsys, monkeypatch, tmp_path):
+    """With everything random in it: augmentation, gate noise, stochastic depth."""
+    assert train.main([job.config, "--run.dir", str(tmp_path / "whole")]) == 0
+    stop_in_step(monkeypatch, 2)
     assert train.main([job.config]) == 143
     out = capsys.readouterr().out
     assert "stopped by SIGTERM after step 3 of 4" in out and str(job.run / "checkpoints" / "last") in out
@@ -89,6 +94,25 @@ def test_a_stopped_run_resumes_to_the_same_bits(job, capsys, monkeypatch, tmp_pa
     assert train.main([job.config, "--run.overwrite", "--train.max-steps", "1"]) == 0
     assert json.loads((job.run / "result.json").read_text())["step"] == 1
     assert [record["step"] for record in read_log(job.run / "log.jsonl")] == [1, 1]
+
+
+def test_refinement_resumes_to_the_same_bits_and_leaves_what_is_extracted(job, monkeypatch, tmp_path):
+    """Weights that only training uses are in the checkpoint, and in no model of one task."""
+    argv = [job.config, "--model.refine-dim", "8", "--model.head", "multilevel", "--train.max-steps", "3"]
+    assert train.main([*argv, "--run.dir", str(tmp_path / "whole")]) == 0
+    stop_in_step(monkeypatch, 1)
+    assert train.main(argv) == 143
+    monkeypatch.undo()
+    assert train.main([*argv, "--run.resume"]) == 0
+    whole, parted = (load_file(run / "checkpoints/last/model.safetensors") for run in (tmp_path / "whole", job.run))
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+    assert any(name.startswith("refinement.") for name in whole)
+    lines = [record for record in read_log(job.run / "log.jsonl") if record["kind"] == "train"]
+    assert all(record["auxiliary_loss"] > 0 for record in lines)
+    assert evaluate.main([str(job.run), "--max-val", "2"]) == 0
+    assert extract_task.main([str(job.run), "--task", "depth", "--max-val", "2"]) == 0
+    alone = load_file(job.run.with_name("run-depth") / "checkpoints/last/model.safetensors")
+    assert not any(name.startswith("refinement.") for name in alone)
 
 
 def test_a_damaged_checkpoint_is_named_and_a_whole_one_used(job, capsys):

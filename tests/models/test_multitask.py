@@ -10,6 +10,7 @@ from m3bsr import Plan
 from m3bsr.bsr import patches_kept
 from m3bsr.build import build_model, build_optimizer, build_tasks
 from m3bsr.config import Config, DataConfig, ModelConfig, MoEConfig, replace
+from m3bsr.engine.losses import task_losses
 from m3bsr.models import MultiTaskModel, load_model_weights
 
 TASKS = ("semseg", "depth", "normals")
@@ -121,6 +122,41 @@ def test_a_head_of_levels_trains_on_the_blocks_that_it_reads() -> None:
     torch.testing.assert_close(depth, model(images()).predictions["depth"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", ["light", "multilevel"])
+def test_refinement_trains_with_the_tasks_and_evaluation_does_without(head: str) -> None:
+    plan = Plan(train_blocks=(11,), drop_blocks=(8,), keep_rate=0.5)
+    model = make(plan, **{"model.head": head, "model.refine_dim": 8, "loss.refine_weight": 0.5})
+    plain = make(plan, **{"model.head": head})
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("refinement.")})
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        evaluated = model.eval()(images())
+    with FlopCounterMode(display=False) as plain_counter, torch.no_grad():
+        expected = plain.eval()(images())
+    assert counter.get_total_flops() == plain_counter.get_total_flops() and evaluated.auxiliary == {}
+    assert all(torch.equal(evaluated.predictions[task], expected.predictions[task]) for task in TASKS)
+
+    tasks, size = build_tasks(TINY), (16, 24)
+    targets = {"semseg": torch.randint(40, (2, 1, 64, 96)), "depth": 1 + torch.rand(2, 1, 64, 96)}
+    targets["normals"] = torch.randn(2, 3, 64, 96)
+    weights = {"semseg": 1.0, "depth": 2.0, "normals": 3.0}
+    output = model.train()(images(), size=size)
+    assert {task: p.shape for task, p in output.auxiliary.items()} == {
+        t: p.shape for t, p in output.predictions.items()
+    }
+    parts = task_losses(output, targets, tasks, weights)
+    small = {name: tasks[name].resize_target(target, size) for name, target in targets.items()}
+    auxiliary = sum(weights[t] * tasks[t].loss(output.auxiliary[t], small[t]) for t in TASKS)
+    torch.testing.assert_close(parts["auxiliary_loss"], 0.5 * auxiliary)
+    own = sum(weights[t] * parts[f"losses/{t}"] for t in TASKS)
+    torch.testing.assert_close(parts["loss"], own + parts["auxiliary_loss"])
+    tasks["semseg"].loss(output.auxiliary["semseg"], small["semseg"]).backward()
+    heard = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"depth", "normals", "semseg", "blocks"} <= heard  # the loss of one task teaches the heads of all
+    assert model(images(), tasks=("depth",)).auxiliary == {}
+    names = {name for group in build_optimizer(TINY, model).param_groups for name in group["param_names"]}
+    assert {name for name, _ in model.refinement.named_parameters("refinement")} <= names
+
+
 def test_weights_of_another_run_start_a_model_with_a_new_task() -> None:
     source = make(**{"data.tasks": ("semseg", "depth")})
     model = make()
@@ -140,6 +176,10 @@ def test_weights_of_another_run_start_a_model_with_a_new_task() -> None:
         ({"model.backbone": "m3vit_tny_patch16"}, "did you mean 'm3vit_tiny_patch16'"),
         ({"model.backbone": "resnet18"}, "not a timm VisionTransformer"),
         ({"model.head": "lite"}, "did you mean 'light'"),
+        (
+            {"model.refine_dim": 8, "data.tasks": ("depth",)},
+            "model.refine_dim needs two dense tasks or more, got depth",
+        ),
         ({"model.head_blocks": (2, 5, 8, 11)}, "light reads the last block alone"),
         ({"model.head": "multilevel", "model.head_blocks": (2, 5, 8, 10)}, "must end with the last block"),
         ({"model.head": "multilevel", "model.head_blocks": (2, 5, 11)}, "must name 4 blocks"),

@@ -14,7 +14,7 @@ endif
 # More arguments for the tool behind a target: make test ARGS="-k plan", make demo ARGS="--train 100"
 ARGS ?=
 
-.PHONY: help env demo test check format bench
+.PHONY: help env demo test check format bench scale
 
 help:
 	@echo "make env     environment in .venv"
@@ -22,6 +22,7 @@ help:
 	@echo "make test    all quick tests (ARGS=\"-k plan\" picks some)"
 	@echo "make check   format, lint, types, layers"
 	@echo "make format  let ruff mend what it can"
+	@echo "make scale   one run in 1, 2 and 4 processes: equal or not, and how fast"
 	@echo "make bench   published counts beside ours, experts against dense MLPs, BSR against full fine-tuning"
 
 env: $(STAMP)
@@ -54,3 +55,6 @@ bench: env
 	$(PY) tools/bench_moe.py
 	$(PY) tools/bench_attention.py
 	$(PY) tools/bench.py
+
+scale: env
+	$(PY) tools/scale.py $(ARGS)

@@ -1,0 +1,15 @@
+"""One run in 1, 2 and 4 processes, equal or not, and how fast: tools/scale.py [--processes 1 2 4]."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("m3bsr") is None:  # not installed: use the checkout that this file is in
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from m3bsr.cli.scale import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -97,7 +97,7 @@ class _RollCall:
     """How often each process has come to a meeting, in the store that torchrun keeps: who is late can be named.
 
     All meet in the same order, so a process that is missing has been at fewer meetings than those who wait for it.
-    A note is written without waiting for an answer: 0.05 ms.
+    A note is written without waiting for an answer: 0.002 ms.
     """
 
     def __init__(self) -> None:

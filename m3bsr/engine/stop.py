@@ -26,7 +26,7 @@ class StopSignal:
     def agreed(self) -> bool:
         """Whether a signal came to any process so far; all of them ask at the same place and get the same answer.
 
-        One message of eight bytes: 0.1 to 0.2 ms among processes of one machine, nothing for one process alone.
+        One message of eight bytes: 0.2 ms between processes that have a core each, nothing for one process alone.
         """
         if self.signum is None:
             self.signum = largest(self._noted or 0) or None

@@ -4,9 +4,10 @@ For each of 99 thresholds the probability map is binarised, thinned to lines one
 with every annotation within ``max_dist`` of the image diagonal. Per threshold four integers are summed over images:
 matched and predicted pixels (precision), matched and annotated pixels (recall). Everything else follows from these.
 
-Speed on one core at 321x481 with 99 thresholds: 2 to 4 images a second with one annotation, most of it thinning.
-Several annotations need a minimum-cost assignment each at every threshold, which sets the limit there: about a second
-for each annotation of two thousand pixels.
+``tools/score_edges.py --bench`` prints the speed on one core at 321x481 with 99 thresholds. With one annotation most of
+it is thinning, and the number of matched pixels, all that is needed, comes from maximum matchings of all thresholds at
+once. Of several annotations it matters which pixels each of them matches, which takes a minimum-cost assignment for
+each at every threshold: that sets the limit there.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ class EdgeScores(SumMetric):
         self.thin_target = thin_target
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        same = prediction.ndim == target.ndim == 4 and prediction[:, 0].shape == target[:, 0].shape
+        same = prediction.ndim == target.ndim == 4
+        same = same and prediction.shape[:1] + prediction.shape[2:] == target.shape[:1] + target.shape[2:]
         if not same or prediction.shape[1] != 1:
             raise ValueError(
                 f"edge metric: expected logits [B, 1, H, W] and targets [B, A, H, W], got {tuple(prediction.shape)} "
@@ -201,6 +203,8 @@ class EdgeScores(SumMetric):
 
     def update_probability(self, probability: np.ndarray, annotations: np.ndarray) -> None:
         """Add one image: ``probability [H, W]`` in 0..1 (saved predictions), ``annotations [A, H, W]``."""
+        if len(annotations) == 0:
+            raise ValueError("edge metric: an image without an annotator; one that is missing is IGNORE everywhere")
         present = annotations[(annotations != IGNORE).any(axis=(1, 2))]
         if not len(present):
             return

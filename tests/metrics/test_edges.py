@@ -92,6 +92,61 @@ def test_counts_against_brute_force(seed):
         assert counts.hit_predicted[k] == counts.hit_annotated[k] == len(rows)
 
 
+def benchmark_by_brute_force(pairs, thresholds, max_dist):
+    """The procedure of the benchmark, image by image, threshold by threshold, annotator by annotator.
+
+    Returns the counts of every image ``[images, 4, T]`` and (ods_f, ois_f, ap) from them.
+    """
+    counts = np.zeros((len(pairs), 4, len(thresholds)), dtype=np.int64)
+    for i, (probability, drawn) in enumerate(pairs):
+        radius = max_dist * np.hypot(*probability.shape)
+        for k, threshold in enumerate(thresholds):
+            predicted = np.argwhere(thin(probability >= threshold))
+            hit = np.zeros(len(predicted), dtype=bool)
+            for annotation in drawn:
+                rows, columns, _ = brute_force_assignment(predicted, np.argwhere(annotation), radius)
+                hit[rows] = True
+                counts[i, 2:, k] += len(columns), annotation.sum()
+            counts[i, :2, k] = hit.sum(), len(predicted)
+
+    def curve(c):
+        return c[0] / np.maximum(c[1], 1), c[2] / np.maximum(c[3], 1)
+
+    def f(p, r):
+        return 2 * p * r / np.maximum(p + r, 1e-12)
+
+    precision, recall = curve(counts.sum(0))
+    ods = max(
+        float(f((1 - a) * p0 + a * p1, (1 - a) * r0 + a * r1))
+        for p0, p1, r0, r1 in zip(precision, precision[1:], recall, recall[1:], strict=False)
+        for a in np.linspace(0, 1, 100)
+    )
+    ois = float(f(*curve(sum(c[:, f(*curve(c)).argmax()] for c in counts))))
+    unique, first = np.unique(recall, return_index=True)
+    ap = np.interp(np.arange(101) / 100, unique, precision[first], left=0, right=0).sum() / 100
+    return counts, (ods, ois, ap)
+
+
+@pytest.mark.parametrize("num_annotators", [1, 3])
+def test_the_whole_benchmark_against_brute_force(num_annotators):
+    """All counts and scores. Of equally cheap assignments any may be taken, so with several annotators the pixels that
+    anyone matched may differ by a few."""
+    shape, max_dist, num_thresholds = (20, 26), 0.07, 9
+    metric, pairs = EdgeScores(max_dist=max_dist, thresholds=num_thresholds), []
+    for seed in (0, 1):
+        drawn = [thin(smooth_noise(shape, 10 * seed + a + 100) > 0.6) for a in range(num_annotators)]
+        pairs.append((smooth_noise(shape, seed), np.stack(drawn)))
+        metric.update_probability(pairs[-1][0], pairs[-1][1].astype(float))
+    counts, expected = benchmark_by_brute_force(pairs, metric.thresholds, max_dist)
+    found = metric.state()
+    for name, values in zip(("hit_predicted", "predicted", "hit_annotated", "annotated"), counts.sum(0), strict=True):
+        slack = 0.03 * values.max() if name == "hit_predicted" and num_annotators > 1 else 0
+        assert np.abs(found[name].numpy() - values).max() <= slack, name
+    scores = metric.compute()
+    close = 1e-9 if num_annotators == 1 else 0.02
+    assert [scores[name] for name in ("ods_f", "ois_f", "ap")] == pytest.approx(expected, abs=close)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_min_cost_matching_is_optimal(seed):
     rng = np.random.default_rng(seed)
@@ -216,6 +271,8 @@ def test_wrong_shapes_and_arguments():
         EdgeScores().update(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"expected logits \[B, 1, H, W\]"):
         EdgeScores().update(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 5))
+    with pytest.raises(ValueError, match="an image without an annotator"):
+        EdgeScores().update(torch.zeros(1, 1, 4, 4), torch.zeros(1, 0, 4, 4))
     with pytest.raises(ValueError, match="at least one threshold"):
         EdgeScores(thresholds=0)
     with pytest.raises(ValueError, match="max_dist"):

@@ -16,6 +16,7 @@ config = Config(
         tasks=("classification",),
         image_size=(224, 224),
         augment="crop",
+        test_split="test",  # scored once, with the checkpoint that val chose
         num_workers=4,
     ),
     model=ModelConfig(backbone="deit_small_patch16_224", weights="timm"),

@@ -16,6 +16,7 @@ config = Config(
         tasks=("classification",),
         image_size=(224, 224),
         augment="crop",
+        test_split="test",  # scored once, with the checkpoint that val chose
         num_workers=4,
     ),
     model=ModelConfig(backbone="vit_base_patch16_224.augreg_in21k", weights="timm"),

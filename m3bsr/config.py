@@ -63,6 +63,8 @@ class DataConfig:
     """Split file to train on."""
     val_split: str = "val"
     """Split file to evaluate on."""
+    test_split: str = ""
+    """Split to score once, at the end, with the checkpoint that is best on val_split; empty: none."""
     max_train: int | None = None
     """Use only the first so many training samples."""
     max_val: int | None = None

@@ -1,7 +1,7 @@
 """Block selective reprogramming: the method itself. Start at ``forward.run_blocks``."""
 
 from m3bsr.bsr.prefix import Prefix, frozen_prefix, prefix_weights, state_tensors, with_tensors
-from m3bsr.bsr.reprogram import Report, ReprogrammedMixin, reprogram, token_counts, tokens_left
+from m3bsr.bsr.reprogram import Report, ReprogrammedMixin, keep_rates_of_training, reprogram, token_counts, tokens_left
 from m3bsr.bsr.restore import restore
 from m3bsr.bsr.selectors import SELECTORS
 from m3bsr.bsr.tokens import DropStage, TokenState, patches_kept, token_sources
@@ -19,6 +19,7 @@ __all__ = [
     "TokenState",
     "count_parameters",
     "frozen_prefix",
+    "keep_rates_of_training",
     "patches_kept",
     "prefix_weights",
     "reprogram",

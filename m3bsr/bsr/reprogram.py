@@ -9,8 +9,10 @@ Source: BSR, arXiv 2405.10951; EViT, ICLR 2022 (fused token, keep-rate schedule)
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -217,3 +219,14 @@ def reprogram(vit: VisionTransformer, plan: Plan) -> ReprogrammedMixin:
     model = vit if isinstance(vit, ReprogrammedMixin) else recast(vit, ReprogrammedMixin)
     model.set_plan(plan)
     return model
+
+
+@contextmanager
+def keep_rates_of_training(vit: Any) -> Iterator[None]:
+    """Inside, evaluation drops what training drops, whatever ``plan.eval_keep_rate`` says: to look at."""
+    plan = vit.plan
+    vit.plan = replace(plan, eval_keep_rate=None)
+    try:
+        yield
+    finally:
+        vit.plan = plan

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, load_weights
-from m3bsr.bsr import SELECTORS
+from m3bsr.bsr import SELECTORS, keep_rates_of_training
 from m3bsr.build import build_backbone, transform_of
 from m3bsr.cli.common import one_line_errors, open_run, pick_device
 from m3bsr.cli.predict import upright
@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--out {args.out}: the name must end in {', '.join(FORMATS)}")
     device = pick_device(args.device)
     config, backbone = _of_run(args) if args.run else _of_model(args)
-    if not config.bsr.drop_blocks:
-        raise ValueError(f"nothing to show: {args.run or '--drop-blocks'} names no block that drops tokens")
+    if not backbone.plan.drop_blocks:  # of the method: most put the plan of the config aside
+        method = "" if config.model.method == "bsr" else f" (method {config.model.method})"
+        raise ValueError(f"nothing to show: {args.run or '--drop-blocks'}{method} names no block that drops tokens")
     if config.bsr.drop_from == "backward":
         raise ValueError(
             "nothing to show: drops of this run leave the backward pass only, and evaluation sees all tokens"
@@ -134,7 +135,7 @@ def show(backbone: TaskViTMixin, config: Config, path: str | Path) -> Iterator[T
     transform = transform_of(config, train=False)
     picture = tv_tensors.Image(upright(Path(path)).transpose(2, 0, 1).copy())
     image = transform({"image": picture})["image"].as_subclass(Tensor)
-    with torch.inference_mode():
+    with torch.inference_mode(), keep_rates_of_training(backbone):
         output = backbone.forward_tasks(image[None].to(next(backbone.parameters()).device), restored=False)
     photo = denormalise(image, **transform.normalisation)
     rows: dict[bytes, tuple[list[str], TokenRow]] = {}

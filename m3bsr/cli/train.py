@@ -29,6 +29,7 @@ from m3bsr.build import (
     with_found_classes,
 )
 from m3bsr.cli.common import OUT_OF_MEMORY, metrics_table, one_line_errors, pick_device, write_json
+from m3bsr.cli.evaluate import evaluate_run
 from m3bsr.cli.out_of_memory import advice
 from m3bsr.cli.report import finish_run, make_reporter
 from m3bsr.config import Config, parse_cli, replace
@@ -49,7 +50,7 @@ NUM_COUNTING_BATCHES = 4
 # What may differ between a run and its resumption without making it another run.
 FREE_ON_RESUME = {
     *("run.dir", "run.resume", "run.overwrite", "run.device", "data.root", "data.num_workers", "data.max_val"),
-    *("data.on_error", "data.max_skipped"),
+    *("data.on_error", "data.max_skipped", "data.test_split"),
     *("bsr.cache_prefix", "run.cache_dir"),
     *("train.epochs", "train.max_steps", "train.eval_every", "train.eval_batch_size"),
     *("train.save_every", "train.log_every", "train.timeout_s", "train.parallel", "moe.expert_parallel"),
@@ -86,6 +87,9 @@ def _say_how_it_ended(config: Config, result: TrainResult, summary: Mapping[str,
         print(f"checkpoint: {result.checkpoint}; go on with --run.resume")
         return 128 + result.stopped_by
     print(metrics_table(summary["metrics"], summary["protocol"]))
+    if test := summary.get("test"):
+        print(f"{test['split']} split, {test['num_images']} images, {test['checkpoint']} checkpoint:")
+        print(metrics_table(test["metrics"], test["protocol"]))
     print(f"report: {config.run.dir}/report.html")
     return 0
 
@@ -121,6 +125,8 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
         seed_everything(config.run.seed)
         tasks = build_tasks(config)
         train_set, val_set = build_datasets(config)
+        if config.data.test_split:  # a split that is not there stops the run now, not at its end
+            build_datasets(replace(config, {"data.val_split": config.data.test_split}))
     resume = from_main(lambda: prepare_run_dir(run_dir, config))
     config = from_main(lambda: with_chosen_experts(config, train_set, device, resume))
     with together():
@@ -174,6 +180,9 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
         **options,
     )
     summary = summarise(result, model, device, time.perf_counter() - began)
+    finished = from_main(lambda: not result.step_ms and (run_dir / "result.json").exists())
+    if config.data.test_split and result.stopped_by is None and not finished:  # all processes share the images
+        summary["test"] = test_metrics(config, device)
     if is_main() and is_sharded(model):
         write_json(run_dir / "result.json", summary)
         say(f"tools/report.py {run_dir} --cost writes the report, where the model fits into one process")
@@ -184,6 +193,16 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
             save_delta(model, run_dir / "delta.safetensors", base_name=config.model.backbone)
         finish_run(run_dir, config, model, tasks, val_set)
     return result, summary
+
+
+def test_metrics(config: Config, device: torch.device) -> dict[str, Any]:
+    """Metrics on ``data.test_split`` of the checkpoint that val chose, or of the last where val chose none."""
+    run = Path(config.run.dir)
+    which = "best" if (run / "checkpoints" / "best").is_dir() else "last"
+    changes = {"data.val_split": config.data.test_split, "data.root": config.data.root}
+    report = evaluate_run(run, checkpoint=which, device=str(device), changes=changes, progress=False)
+    kept = {name: report[name] for name in ("num_images", "protocol", "metrics")}
+    return {"split": config.data.test_split, "checkpoint": which, **kept}
 
 
 def prepare_run_dir(run_dir: Path, config: Config) -> bool:

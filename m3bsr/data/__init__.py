@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from m3bsr.data.cityscapes import Cityscapes
+from m3bsr.data.cub import CUB200
 from m3bsr.data.digits import Digits
 from m3bsr.data.folder import Folder
 from m3bsr.data.image_folder import ImageFolder
@@ -28,6 +29,7 @@ DATASETS: dict[str, type[Any]] = {
     "pets": Pets,
     "aircraft": Aircraft,
     "cars": Cars,
+    "cub200": CUB200,
 }
 
 __all__ = ["DATASETS", "NYUD", "RECIPES", "Scenes", "build_transform"]

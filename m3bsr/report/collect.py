@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m3bsr.bsr import DropStage, patches_kept
+from m3bsr.bsr import DropStage, Plan, keep_rates_of_training, patches_kept
 from m3bsr.bsr.tokens import take
 from m3bsr.moe.routing import Routing
 from m3bsr.report.panels import Sample, shrink
@@ -60,15 +60,17 @@ def collect(
     model.eval()
     try:
         with torch.inference_mode(), autocast or nullcontext():
-            output = model(images.to(next(model.parameters()).device), tasks=tuple(tasks), size=size)
+            images = images.to(next(model.parameters()).device)
+            output = model(images, tasks=tuple(tasks), size=size)
+            every_stage = _stages_of_training(model, images, tuple(tasks), output.stages)
     finally:
         model.train(was_training)
-    kept = {t: [m.cpu().numpy() for m in patches_kept(s, output.grid)] for t, s in output.stages.items()}
+    kept = {t: [m.cpu().numpy() for m in patches_kept(s, output.grid)] for t, s in every_stage.items()}
     experts = {t: _experts(output.routing, output.stages.get(t, ()), t, len(images), output.grid) for t in tasks}
     dense = {name: task for name, task in tasks.items() if task.dense}
     samples = []
     for i in range(len(images)):
-        stages = {t: [(s.block, m[i]) for s, m in zip(output.stages[t], kept[t], strict=True)] for t in kept}
+        stages = {t: [(s.block, m[i]) for s, m in zip(every_stage[t], kept[t], strict=True)] for t in kept}
         coloured = {t: task.colour(output.predictions[t][i].float(), is_prediction=True) for t, task in dense.items()}
         known = {t: of[i] for t, of in (targets or {}).items() if of[i] is not None}
         truth = {t: task.colour(known[t]) for t, task in dense.items() if t in known}
@@ -93,6 +95,17 @@ def collect(
     return Collected(
         tuple(samples), {block: _load(routing, tasks) for block, routing in sorted(output.routing.items())}
     )
+
+
+def _stages_of_training(
+    model: nn.Module, images: Tensor, tasks: tuple[str, ...], seen: Mapping[str, Sequence[DropStage]]
+) -> Mapping[str, Sequence[DropStage]]:
+    """The drops as training makes them: of a second pass where evaluation keeps more tokens than training."""
+    backbone: Any = getattr(model, "backbone", None)
+    if backbone is None or getattr(backbone, "plan", Plan()).eval_keep_rate is None:
+        return seen
+    with keep_rates_of_training(backbone):
+        return model(images, tasks=tasks).stages
 
 
 def collect_from(

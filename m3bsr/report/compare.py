@@ -56,8 +56,8 @@ def compare_report(
 
 
 FRONT_NOTE = (
-    "Filled: no other is both as cheap and as good. The dashed line is the best quality that a cost buys. Whiskers are "
-    "standard deviations over seeds."
+    "Filled, and in the table by letters: M memory, T time, G GMACs: no other is both as cheap and as good. The "
+    "dashed line is the best quality that a cost buys. Whiskers are standard deviations over seeds."
 )
 
 
@@ -78,7 +78,7 @@ def compare_table(rows: Mapping[str, Row]) -> str:
         lines.append({"run": name, **row, "front": " ".join(on)})
     if len(rows) > 1 and any(fronts.values()):
         behind = next((i for i, column in enumerate(columns) if column.key in COST_KEYS), len(columns))
-        columns.insert(behind, Column("front", "on the front of memory (M), time (T), GMACs (G)"))
+        columns.insert(behind, Column("front", "front (M T G)"))
     return html.table(columns, lines)
 
 
@@ -118,6 +118,8 @@ def joined_curves(logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> 
             for title, series in training_curves(records):
                 points.setdefault(title, []).append(next(iter(series.values())))
         for title, of_seeds in points.items():
+            if max(map(len, of_seeds)) < 2:  # one evaluation is no curve: it stands in the table
+                continue
             joined.setdefault(title, {n: () for n in logs})[name] = mean_curve(of_seeds)
     return list(joined.items())
 
@@ -178,7 +180,7 @@ def compare_pictures(collected: Mapping[str, Collected]) -> list[Section]:
     )
     return [
         Section("Predictions", html.picture_groups(groups) + answers_table(collected)),
-        Section("Tokens kept", html.picture_groups(dropped), "Greyed patches were dropped."),
+        Section("Tokens kept", html.picture_groups(dropped), "Greyed patches were dropped, as in training."),
         Section("Experts chosen", html.picture_groups(experts, small=True, longest=240), "First choice of each patch."),
         Section("Expert load", loads, "Share of choices in per cent, over the photographs above."),
     ]

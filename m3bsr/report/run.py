@@ -165,7 +165,7 @@ def picture_sections(collected: Collected | None, load: Section) -> list[Section
         Section(
             "Tokens kept",
             html.picture_groups([token_group(sample) for sample in samples]),
-            "Greyed patches were dropped; they come back by the plan's way of restoring before the heads.",
+            "Greyed patches were dropped, as in training; they come back by the plan's way of restoring.",
         ),
         load,
         Section(

@@ -88,6 +88,7 @@ footer { color: var(--soft); font-size: 13px; margin: 0 2px; }
   .pictures { grid-template-columns: 1fr 1fr; gap: 8px; }
   .pictures.small { grid-template-columns: 1fr 1fr 1fr; }
   th, td { padding: 5px 8px 5px 5px; font-size: 13px; }
+  svg.chart text { font-size: 12.5px; }
 }
 """
 

@@ -87,6 +87,22 @@ def test_train_evaluate_predict_report(job, capsys, tmp_path):
     assert 0 < cost["train_step_gmacs"] < 3 * cost["forward_gmacs"]
 
 
+def test_the_test_split_is_scored_once_with_the_checkpoint_that_val_chose(job, capsys, tmp_path):
+    """``train`` as test split: what is scored there is not what chose the checkpoint."""
+    options = ["--data.test-split", "train", "--train.epochs", "2", "--train.batch-size", "8"]
+    options += ["--model.backbone", "test_vit", "--model.weights", "", "--bsr.train-blocks", "3", "5"]
+    options += ["--bsr.drop-blocks", "2"]
+    assert train([job.config, *options]) == 0
+    assert "train split, 16 images, best checkpoint:" in capsys.readouterr().out
+    result = json.loads((job.run / "result.json").read_text())
+    assert result["test"]["split"] == "train" and result["test"]["num_images"] == 16
+    assert evaluate([str(job.run), "--checkpoint", "best", "--split", "train"]) == 0
+    again = json.loads((job.run / "metrics-best-network-train.json").read_text())
+    assert again["metrics"] == result["test"]["metrics"]
+    assert train([job.config, "--data.test-split", "test", "--run.dir", str(tmp_path / "none")]) == 2
+    assert "has no folder test" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_a_stopped_run_resumes_to_the_same_bits(job, tmp_path, monkeypatch):
     assert train([job.config]) == 0
     other = tmp_path / "other"

@@ -110,6 +110,24 @@ def test_a_run_brings_its_model_and_its_plan(tmp_path, capsys) -> None:
     assert (tmp_path / "t.png").is_file()
 
 
+def test_the_plan_of_the_method_counts_not_that_of_the_config(tmp_path, capsys) -> None:
+    photo = write_photo(tmp_path / "a.jpg")
+    plan = {"bsr.drop_blocks": (4,), "bsr.keep_rate": 0.5}
+    dropping = write_run(tmp_path / "drop", **plan, **{"model.method": "token_drop:.25"})
+    assert show_tokens.main([str(photo), "--run", str(dropping), "--out", str(tmp_path / "t.png")]) == 0
+    assert capsys.readouterr().out.startswith("block 4: 5 tokens, 3 of 12 patches kept")
+    full = write_run(tmp_path / "full", **plan, **{"model.method": "full"})
+    assert show_tokens.main([str(photo), "--run", str(full)]) == 2
+    assert "(method full) names no block that drops tokens" in capsys.readouterr().err
+    evit = write_run(tmp_path / "evit", **{"bsr.drop_blocks": (), "model.method": "token_drop"})
+    assert show_tokens.main([str(photo), "--run", str(evit), "--out", str(tmp_path / "e.png")]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        "block 3",
+        "block 6",
+        "block 9",
+    ]
+
+
 FAULTS = {
     "missing": (["nowhere.jpg"], "missing file: nowhere.jpg"),
     "weights": (["PHOTO", "--weights", "nowhere.pth"], "no such file: nowhere.pth"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from m3bsr.data import DATASETS, build_transform
-from m3bsr.data.image_transforms import IMAGE_RECIPES
+from m3bsr.data.image_transforms import IMAGE_RECIPES, RandAugment
 from m3bsr.data.labelled import LabelledImages, held_out, spread
 from m3bsr.data.torchvision_sets import TorchvisionImages
 
@@ -89,7 +91,7 @@ def test_contract_of_every_labelled_data_set(name, tmp_path):
     if name != "digits":  # they come with scikit-learn
         with pytest.raises(FileNotFoundError, match="no such folder"):
             kind(tmp_path / "absent", "train")
-    if issubclass(kind, TorchvisionImages):
+    if issubclass(kind, TorchvisionImages) or name == "cub200":
         with pytest.raises(FileNotFoundError, match="does not hold the data"):
             kind(tmp_path, "train")
         with pytest.raises(ValueError, match="has the splits train, val, test"):
@@ -117,6 +119,65 @@ def test_cifar_holds_out_a_tenth_of_train_and_leaves_test_alone(tmp_path, monkey
     reds = {split: {int(s["image"][0, 0, 0]) for s in images} for split, images in sets.items()}
     assert len(reds["val"]) == 5 and reds["train"] | reds["val"] == set(range(50)) == reds["test"]
     assert not reds["train"] & reds["val"]
+
+
+def write_cub(root: Path, lists: dict[str, str] | None = None) -> Path:
+    """Three species of twenty birds, every fourth in the test split."""
+    names = [f"{1 + i // 20:03d}.Bird_{'abc'[i // 20]}/{i:02d}.png" for i in range(60)]
+    for folder in {name.partition("/")[0] for name in names}:
+        (root / "images" / folder).mkdir(parents=True)
+    for i, name in enumerate(names):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(root / "images" / name)
+    written = {
+        "images.txt": "".join(f"{i + 1} {name}\n" for i, name in enumerate(names)),
+        "image_class_labels.txt": "".join(f"{i + 1} {1 + i // 20}\n" for i in range(60)),
+        "train_test_split.txt": "".join(f"{i + 1} {int(i % 4 > 0)}\n" for i in range(60)),
+        "classes.txt": "1 001.Bird_a\n2 002.Bird_b\n3 003.Bird_c\n",
+    }
+    for name, text in {**written, **(lists or {})}.items():
+        (root / name).write_text(text)
+    return root
+
+
+def test_cub_has_its_official_split_and_a_tenth_of_train_as_val(tmp_path):
+    write_cub(tmp_path / "CUB_200_2011")
+    sets = {split: LABELLED["cub200"](tmp_path, split) for split in ("train", "val", "test")}
+    assert sets["train"].class_names == {"classification": ("Bird_a", "Bird_b", "Bird_c")}
+    reds = {split: {int(s["image"][0, 0, 0]): int(s["classification"]) for s in of} for split, of in sets.items()}
+    assert set(reds["test"]) == set(range(0, 60, 4)) and len(reds["val"]) == 4  # of 45
+    assert set(reds["train"]) | set(reds["val"]) == set(range(60)) - set(reds["test"])
+    assert not set(reds["train"]) & set(reds["val"])
+    assert all(label == red // 20 for found in reds.values() for red, label in found.items())
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"images.txt": "1 ../secret.png\n"}, "leaves the folder"),
+        ({"image_class_labels.txt": "1 9\n"}, "image 1 .* has no class"),
+        ({"train_test_split.txt": "1\n"}, r"train_test_split.txt: every line holds"),
+    ],
+)
+def test_faulty_lists_of_cub_are_named(tmp_path, lists, message):
+    write_cub(tmp_path, lists)
+    with pytest.raises(ValueError, match=message):
+        LABELLED["cub200"](tmp_path, "train")
+
+
+def test_rand_augment_is_timms_and_leaves_other_random_numbers_alone(folder):
+    assert isinstance(RandAugment().transform, timm.data.auto_augment.RandAugment)
+    image = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    random.seed(5)
+    np.random.seed(5)
+    expected = random.random(), np.random.rand()
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(0)
+    first = [RandAugment()(image) for _ in range(8)]
+    assert (random.random(), np.random.rand()) == expected
+    torch.manual_seed(0)
+    assert all(torch.equal(a, RandAugment()(image)) for a in first)
+    assert first[0].dtype == torch.uint8 and sum(not torch.equal(a, image) for a in first) >= 3
 
 
 @pytest.mark.parametrize("recipe", IMAGE_RECIPES)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -35,23 +36,33 @@ DROPPING = ("bsr", "token_drop")
 
 
 def make(name: str, kind: str = "moe", **options) -> MultiTaskModel:
-    """Two dense tasks with experts in block 1, or a dense ViT with LayerScale that classifies."""
+    """``moe``: two dense tasks with experts in block 1; ``dense``: a dense ViT with LayerScale that classifies; and
+    the other pairs of a backbone (``moe``, ``vit``, ``distilled``) and what it is for: ``"distilled per pixel"``."""
     torch.manual_seed(0)
+    family, _, purpose = {"moe": "moe per pixel", "dense": "vit per image"}.get(kind, kind).partition(" ")
+    channels = {"semseg": 5, "depth": 1} if purpose == "per pixel" else {"classification": 7}
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": D, "depth": DEPTH, "num_heads": 2, **options}
-    heads: dict[str, nn.Module]
-    if kind == "moe":
+    vit: VisionTransformer
+    if family == "moe":
         experts = {"moe_blocks": (1,), "num_experts": EXPERTS, "top_k": 2, "moe_mlp_ratio": HIDDEN / D}
-        backbone = MoEVisionTransformer(tasks=("semseg", "depth"), **sizes, **experts)
-        heads = {task: HEADS["light"](D, num, head_dim=8) for task, num in (("semseg", 5), ("depth", 1))}
+        vit = MoEVisionTransformer(tasks=tuple(channels), **sizes, **experts)
     else:
-        vit = VisionTransformer(**sizes, num_classes=0, init_values=0.1)
+        kinds = {"vit": VisionTransformer, "distilled": VisionTransformerDistilled}
+        vit = kinds[family](**sizes, num_classes=0, init_values=0.1 if family == "vit" else None)
+    heads: dict[str, nn.Module]
+    if purpose == "per pixel":
+        heads = {task: HEADS["light"](D, num, head_dim=8) for task, num in channels.items()}
+    else:
         heads = {"classification": ClassifierHead(vit, 7)}
-        backbone = task_backbone(vit, ("classification",))
+    backbone = vit if family == "moe" else task_backbone(vit, tuple(channels))
     model = MultiTaskModel(backbone, heads)
     method, value = find_method(name)
     backbone.set_plan(method.plan(PLAN, DEPTH, value))
     method.change(model, value)
     return model
+
+
+OTHER_KINDS = ["vit per pixel", "distilled per image", "distilled per pixel", "moe per image"]
 
 
 def images() -> torch.Tensor:
@@ -139,6 +150,30 @@ def test_frozen_parameters_keep_every_bit_and_the_others_move(name: str, kind: s
     assert moved <= trained
     idle = {n for n in trained - moved if "experts" not in n}  # an expert without tokens has no gradient
     assert not idle, idle
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_for_every_backbone(name: str, kind: str) -> None:
+    """Starts from the untouched model, trains what it lets train and nothing else, predicts in evaluation."""
+    full, model = make("full", kind).eval(), make(name, kind).eval()
+    if name.startswith(DROPPING):
+        full.backbone.set_plan(model.backbone.plan)
+    with torch.no_grad():
+        ours, base = model(images()).predictions, full(images()).predictions
+    assert all(torch.equal(ours[task], base[task]) for task in base)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained > {n for n in before if n.startswith("heads.")} or name == "head"
+    steps(model.train(), make_optimizer("adamw", model, lr=1e-2, weight_decay=0.1), range(2))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved <= trained
+    # An expert without tokens has no gradient.
+    assert not {n for n in trained - moved if "experts" not in n}
+    with torch.no_grad():
+        after = model.eval()(images()).predictions
+    shapes = {"classification": (3, 7), "semseg": (3, 5, 32, 32), "depth": (3, 1, 32, 32)}
+    assert all(after[task].shape == shapes[task] and after[task].isfinite().all() for task in base)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -37,6 +37,21 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed 
 
 # Each page sits in frames of the widths of a desk and a phone; a script looks into them and writes what it finds.
 OUTER = """<!DOCTYPE html><meta charset="utf-8"><body>{frames}<pre id="found"></pre><script>
+// Contrast of a text with what lies behind it, as WCAG 2 defines it.
+function parts(colour) {{ return colour.match(/[\\d.]+/g).map(Number); }}
+function luminance(colour) {{
+  var linear = parts(colour).slice(0, 3).map(function (v) {{
+    v /= 255; return v <= 0.04045 ? v / 12.92 : Math.pow((v + 0.055) / 1.055, 2.4);
+  }});
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+}}
+function contrast(view, element) {{
+  var text = luminance(view.getComputedStyle(element).color), behind = element, colour;
+  do {{ colour = view.getComputedStyle(behind).backgroundColor; behind = behind.parentElement; }}
+  while (behind && parts(colour)[3] === 0);
+  var ground = luminance(colour);
+  return (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05);
+}}
 window.onload = function () {{
   var found = Array.prototype.map.call(document.querySelectorAll("iframe"), function (frame) {{
     var page = frame.contentDocument, root = page.documentElement, tables = page.querySelectorAll("table.sortable");
@@ -52,6 +67,10 @@ window.onload = function () {{
       width: root.clientWidth, needed: root.scrollWidth, images: images.length,
       broken: images.filter(function (i) {{ return !i.complete || i.naturalWidth === 0; }}).length,
       up: up, down: down, names: names,
+      contrast: Math.min.apply(null, Array.prototype.map.call(
+        page.querySelectorAll("h1,h2,h3,p,a,th,td,figcaption,summary,.legend span"), function (e) {{
+          return e.closest(".heat") ? 21 : contrast(frame.contentWindow, e);
+        }})),
       background: frame.contentWindow.getComputedStyle(page.body).backgroundColor,
       smallest: Math.min.apply(null, Array.prototype.map.call(page.querySelectorAll("p,td,th,figcaption,h2"),
         function (e) {{ return parseFloat(frame.contentWindow.getComputedStyle(e).fontSize); }}))
@@ -134,6 +153,7 @@ def test_page_is_readable(light, name: str, width: int) -> None:
     assert frame["needed"] <= frame["width"], "the page scrolls sideways"
     assert frame["images"] >= 8 and frame["broken"] == 0
     assert frame["smallest"] >= 12
+    assert frame["contrast"] >= 4.5
 
 
 @pytest.mark.parametrize("name", ["run", "compare"])
@@ -150,8 +170,12 @@ def test_missing_values_sort_to_the_end(light) -> None:
 
 
 def test_page_follows_the_readers_colours(pages, light, tmp_path) -> None:
-    dark, console = look_at({"run": pages["run"]}, tmp_path, dark=True)
+    both = {name: pages[name] for name in ("run", "compare")}
+    dark, console = look_at(both, tmp_path, dark=True)
     assert console == []
+    for (name, width), frame in dark.items():
+        assert frame["contrast"] >= 4.5 and frame["broken"] == 0, (name, width)
+        assert frame["needed"] <= frame["width"], (name, width)
     by_day, by_night = (
         max(map(int, re.findall(r"\d+", found["run", 400]["background"])[:3])) for found in (light[0], dark)
     )

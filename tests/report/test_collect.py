@@ -139,3 +139,17 @@ def test_denormalise_is_the_inverse_of_the_transform() -> None:
     photo = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
     image = build_transform("none", (8, 8), train=False)({"image": tv_tensors.Image(photo)})["image"]
     np.testing.assert_array_equal(denormalise(image), photo.permute(1, 2, 0).numpy())
+
+
+def test_drops_are_those_of_training_where_evaluation_keeps_every_token() -> None:
+    """Predictions are evaluation's, and the model has its plan back."""
+    torch.manual_seed(0)
+    model = build_model(replace(CONFIG, {"bsr.restore_before": 11, "bsr.eval_keep_rate": 1.0}))
+    plan, images, tasks = model.backbone.plan, torch.randn(1, 3, 64, 96), build_tasks(CONFIG)
+    sample = collect(model, tasks, images, photos=[np.zeros((64, 96, 3), np.uint8)], names=["a"]).samples[0]
+    assert model.backbone.plan is plan
+    assert [(block, int(mask.sum())) for block, mask in sample.kept["depth"]] == [(2, 15), (5, 9)]  # of 24
+    with torch.inference_mode():
+        prediction = model.eval()(images).predictions["depth"][0]
+    assert np.array_equal(sample.predictions["depth"], tasks["depth"].colour(prediction, is_prediction=True))
+    assert all((ids >= 0).all() for ids in sample.experts["depth"].values())

@@ -3,8 +3,8 @@
 ``CONFLICTS[name](torchjd.aggregation, T)`` gives the rule for T tasks, a function of the matrix ``[T, P]`` of gradients
 of the P shared trained parameters; each row is that of ``weight_t * loss_t``, averaged over the micro-batches of the
 step (and over processes) *before* the rule sees it. A parameter with the name of a task in its path (its head, its
-gates) is not shared: it gets the gradient of its task as always, and so do all parameters from the auxiliary losses of
-the experts, which are no tasks. Frozen parameters take no part.
+gates) is not shared: it gets the plain gradient as always, and so does every parameter from auxiliary losses (of
+experts, of cross-task refinement), which are no tasks. Frozen ones take no part.
 
 The price: T backward passes instead of one, and ``4 T P`` bytes for the matrix (some rules need a copy while they
 decide). Rules keep nothing from step to step, so a resumed run takes the same steps; those of the literature that do
@@ -67,7 +67,7 @@ class TaskGradients(Gradients):
     Args:
         name: of the rule.
         trained: parameters by name.
-        aux_weights: weight of each auxiliary loss (``balance_loss``, ``z_loss``).
+        aux_weights: weight of each auxiliary loss (``balance_loss``, ``z_loss``, ``auxiliary_loss``).
 
     Raises:
         ValueError: an unknown rule, or TorchJD or a solver of the rule is not installed.
@@ -88,23 +88,22 @@ class TaskGradients(Gradients):
         rules = _torchjd()
         self.rule: Callable[[int], Rule] = lambda num: make(rules, num)
         _try(name, self.rule)
-        owner = {path: next((task for task in self.tasks if task in path.split(".")), "") for path in trained}
-        self.own = {task: [p for path, p in trained.items() if owner[path] == task] for task in self.tasks}
-        self.shared = [p for path, p in trained.items() if not owner[path]]
+        is_own = {path: not set(self.tasks).isdisjoint(path.split(".")) for path in trained}
+        self.own = [p for path, p in trained.items() if is_own[path]]
+        self.shared = [p for path, p in trained.items() if not is_own[path]]
         self.rows_TP: Tensor | None = None
 
     def add(self, parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
-        aux = torch.stack([weight * parts[name] for name, weight in self.aux_weights.items()]).sum()
+        every = [*self.shared, *self.own]
+        aux = torch.stack([weight * parts[name] for name, weight in self.aux_weights.items() if name in parts]).sum()
         if aux.requires_grad:
-            every = [*self.shared, *(p for own in self.own.values() for p in own)]
             _accumulate(every, self._grad(aux, every))
-        for task in self.tasks:
+        for index, task in enumerate(self.tasks):
             if (loss := parts.get(f"losses/{task}")) is None:
                 continue
-            own = self.own[task]
-            gradients = self._grad(weights[task] * loss, [*self.shared, *own])
-            _accumulate(own, gradients[len(self.shared) :])
-            for part, gradient in zip(self._row(self.tasks.index(task)), gradients, strict=False):
+            gradients = self._grad(weights[task] * loss, every)
+            _accumulate(self.own, gradients[len(self.shared) :])
+            for part, gradient in zip(self._row(index), gradients, strict=False):
                 if gradient is not None:
                     part += gradient.flatten()
 

@@ -164,7 +164,7 @@ def train(
     saver = Saver(Path(run_dir) / "checkpoints", config_dict, shares=shares, **stateful)
     at = saver.resume(total_steps) if resume else Progress(total_steps)
     balance = lookup(BALANCES, loss_balance, "loss.balance")(weights, epoch_steps, at.loss_balance)
-    aux_weights = {"balance_loss": balance_weight, "z_loss": z_weight}
+    aux_weights = {"balance_loss": balance_weight, "z_loss": z_weight, "auxiliary_loss": 1.0}
     gradients = make_gradients(loss_conflict, trained, tasks, scaler, accumulate, aux_weights)
     log = RunLog(run_dir, start_step=at.step, tensorboard=tensorboard)
     damaged = DamagedSamples({"train": len(train_set), "val": len(val_set)}, max_skipped, at.damaged)
@@ -297,7 +297,7 @@ def train(
 
 
 _NOT_TOGETHER = {
-    "train.parallel fsdp": ("train.precision fp16", "train.ema_decay", "bsr.cache_prefix"),
+    "train.parallel fsdp": ("train.precision fp16", "train.ema_decay", "bsr.cache_prefix", "loss.conflict"),
     "moe.expert_parallel": (
         "train.parallel fsdp",
         "train.precision fp16",

@@ -18,7 +18,7 @@ pytest.importorskip("torchjd", reason="TorchJD is not installed: pip install 'm3
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 TASKS = {"depth": None, "semseg": None}
 WEIGHTS = {"depth": 2.0, "semseg": 0.5}
-AUX = {"balance_loss": 0.1, "z_loss": 0.0}
+AUX = {"balance_loss": 0.1, "z_loss": 0.0, "auxiliary_loss": 1.0}
 
 
 class Net(nn.Module):
@@ -40,9 +40,13 @@ class Net(nn.Module):
             for i, (task, h) in enumerate(zip(tasks, stacked, strict=True))
         }
         balance = hidden.square().mean()
-        loss = sum(WEIGHTS[task] * loss for task, loss in losses.items()) + AUX["balance_loss"] * balance
+        # As with cross-task refinement: a loss of both heads, and a task that sees the head of the other.
+        both = [self.heads[task](h) for task, h in zip(tasks, stacked, strict=True)]
+        auxiliary = 0.3 * torch.stack(both).prod(dim=0).mean()
+        losses[tasks[-1]] = losses[tasks[-1]] + 0.2 * both[0].square().mean()
+        loss = sum(WEIGHTS[task] * loss for task, loss in losses.items()) + AUX["balance_loss"] * balance + auxiliary
         named = {f"losses/{task}": loss for task, loss in losses.items()}
-        return {"loss": loss, **named, "balance_loss": balance, "z_loss": torch.zeros(())}
+        return {"loss": loss, **named, "balance_loss": balance, "z_loss": torch.zeros(()), "auxiliary_loss": auxiliary}
 
 
 def net_and_batches(num=3):
@@ -82,9 +86,8 @@ def test_every_rule_leaves_heads_gates_and_auxiliary_losses_alone(rule):
         if not name.startswith("shared."):
             assert torch.allclose(by_rule[name], gradient, atol=1e-7), name
         assert by_rule[name].isfinite().all()
-    aux = torch.autograd.grad(
-        sum(AUX["balance_loss"] * net.parts(x)["balance_loss"] for x in batches) / 3, net.shared.weight
-    )[0]
+    aux = [AUX[name] * part for x in batches for name, part in net.parts(x).items() if name in AUX]
+    aux = torch.autograd.grad(sum(aux) / 3, net.shared.weight)[0]
     ours, theirs = by_rule["shared.weight"] - aux, plain["shared.weight"] - aux
     if rule == "mean":
         assert torch.allclose(ours, theirs / 2, atol=1e-7)
@@ -145,6 +148,7 @@ def test_two_processes_decide_on_the_mean_of_both(tmp_path):
     net, batches = net_and_batches(2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AUX, "balance_loss", 0.0)
+        patch.setitem(AUX, "auxiliary_loss", 0.0)
         expected = gradients_by("upgrad", net, batches)["shared.weight"]
         with mp.Manager() as manager:
             results = manager.dict()

@@ -17,6 +17,10 @@ from torch import Tensor
 from m3bsr.data.files import MAX_PIXELS, read_array, read_grey, read_image, read_labels
 from m3bsr.data.transforms import Depth, Edge, Labels, Normals
 from m3bsr.utils.constants import IGNORE
+from m3bsr.utils.log import get_logger
+
+log = get_logger(__name__)
+_said_nan: set[Path] = set()
 
 MAX_DEPTH = 100.0
 """Metres; more is another unit (millimetres), and would come near ``IGNORE`` in a zoom."""
@@ -37,11 +41,17 @@ def read_classes(path: Path, table: np.ndarray) -> Labels:
 
 
 def depth_target(raw: Tensor, path: Path, longest: float = MAX_DEPTH, unit: str = "metres") -> Depth:
-    """Depth ``[1, H, W]``; 0, negative, NaN and infinite are holes, and so is 255.
+    """Depth ``[1, H, W]``; 0, negative, NaN and infinite are holes, and so is 255. NaN is said, once a folder.
 
     Raises:
-        ValueError: more than ``longest``.
+        ValueError: more than ``longest``, or nothing but NaN.
     """
+    num_nan = int(raw.isnan().sum())
+    if num_nan == raw.numel():
+        raise ValueError(f"{path}: every depth is NaN; {unit} are expected, 0 where nothing is known")
+    if num_nan and path.parent not in _said_nan:
+        _said_nan.add(path.parent)
+        log.warning("%s: %d of %d depths are NaN, taken as holes (said once a folder)", path, num_nan, raw.numel())
     valid = torch.isfinite(raw) & (raw > 0) & (raw != IGNORE)
     depth = torch.where(valid, raw, float(IGNORE))
     wrong = valid & (depth > longest)

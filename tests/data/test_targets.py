@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from m3bsr.data.targets import blank, class_table, read_classes, read_mask, read_matlab
+from m3bsr.data.targets import blank, class_table, read_classes, read_depth, read_mask, read_matlab
 from m3bsr.data.transforms import Depth, Edge, Labels, Normals
 from m3bsr.utils.constants import IGNORE
 
@@ -92,3 +92,16 @@ def test_a_matlab_file_cut_anywhere_is_a_value_error(tmp_path):
         with pytest.raises(ValueError, match="a.mat") as caught:
             read_matlab(path, "x")
         assert "\n" not in str(caught.value)
+
+
+def test_nan_depths_are_holes_said_once_a_folder_and_nothing_else_is_an_error(tmp_path, caplog):
+    depth = np.full((4, 5), 2.0, np.float32)
+    depth[0, :3] = np.nan
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", depth)
+        assert (read_depth(tmp_path / f"{name}.npy")[0, 0, :3] == IGNORE).all()
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"{tmp_path / 'a.npy'}: 3 of 20 depths are NaN, taken as holes (said once a folder)"]
+    np.save(tmp_path / "c.npy", np.full((4, 5), np.nan))
+    with pytest.raises(ValueError, match=r"c\.npy: every depth is NaN"):
+        read_depth(tmp_path / "c.npy")

@@ -131,6 +131,28 @@ def test_nothing_frozen_is_a_user_error(model, tmp_path):
         cache(tmp_path).open(model, CPU, "fp32")
 
 
+def reading(blocks):
+    """A model of six blocks, the last one trained, whose head reads ``blocks``."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=6, num_heads=3, num_classes=0)
+    backbone = task_backbone(vit, ("depth",))
+    backbone.set_plan(Plan(train_blocks=(5,), drop_blocks=(1,), keep_rate=0.5, restore="transfer"))
+    return MultiTaskModel(backbone, {"depth": HEADS["multilevel"](24, 1, head_dim=8, blocks=blocks)}).train()
+
+
+def test_the_prefix_ends_before_the_first_block_that_a_head_reads(tmp_path, capsys):
+    model, kept = reading((2, 3, 4, 5)), cache(tmp_path)
+    files = kept.open(model, CPU, "fp32")
+    assert "blocks 0 to 1 (a head reads block 2)" in capsys.readouterr().err
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        prefix = kept.prefix(images, batch(files))
+        found, expected = model(images, prefix=prefix), model(images)
+    assert prefix.num_blocks == 2 and torch.equal(found.predictions["depth"], expected.predictions["depth"])
+    with pytest.raises(ValueError, match="there is nothing to keep: a head reads block 0"):
+        cache(tmp_path).open(reading((0, 3, 4, 5)), CPU, "fp32")
+
+
 def keys(num_views, start=0):
     batches = ShuffledBatches(6, 2, batches_per_epoch=3, seed=5, start=start, stop=12, num_views=num_views)
     return list(batches)

@@ -75,7 +75,7 @@ def processes(device: torch.device, timeout_s: float = 600.0) -> Iterator[torch.
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patience = timedelta(seconds=timeout_s)
+    patience = _roll_call.patience = timedelta(seconds=timeout_s)
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=patience))
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
@@ -103,6 +103,7 @@ class _RollCall:
     def __init__(self) -> None:
         self.store: dist.Store | None = None
         self.meetings = 0
+        self.patience: timedelta | None = None
 
     def begin(self, store: dist.Store) -> None:
         self.store, self.meetings = dist.PrefixStore("roll call", store), 0
@@ -147,6 +148,11 @@ def _cause(error: RuntimeError) -> str:
 def meet() -> None:
     """Note that this process is about to do something together with the others."""
     _roll_call.note()
+
+
+def patience() -> timedelta | None:
+    """How long to wait for another process, for groups of some of them; None without a process group of ours."""
+    return _roll_call.patience
 
 
 def gather(value: T) -> list[T]:

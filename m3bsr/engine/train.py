@@ -231,6 +231,7 @@ def train(
                 images = batch["image"].to(device, non_blocking=True)
                 targets = {name: batch[name].to(device, non_blocking=True) for name in labelled(batch, tasks)}
                 # forward
+                shares.meet()
                 with autocast(device, precision):
                     kept = {} if prefix_cache is None else {"prefix": prefix_cache.prefix(images, batch)}
                     output = model(images, tasks=tuple(targets), size=loss_size(images, loss_stride), **kept)

@@ -8,10 +8,12 @@ but the experts. Gradients of experts come out of the backward pass summed over 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from m3bsr.moe.experts import Experts, whole_tensor
 
@@ -27,16 +29,27 @@ def check_processes(expert_parallel: int, processes: int) -> None:
         )
 
 
-def expert_mesh(expert_parallel: int, device_type: str) -> DeviceMesh:
+def expert_mesh(expert_parallel: int, device_type: str, timeout: timedelta | None = None) -> DeviceMesh:
     """The grid `(processes / expert_parallel, expert_parallel)` over all processes; called by all of them.
+
+    `timeout`: how long a process waits for the others of its row or column (None: torch's half hour for gloo).
 
     Raises:
         ValueError: the number of processes is no multiple of `expert_parallel`.
     """
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     check_processes(expert_parallel, processes)
-    shape = (processes // expert_parallel, expert_parallel)
-    return init_device_mesh(device_type, shape, mesh_dim_names=(REPLICA, EXPERT))
+    grid = torch.arange(processes).view(-1, expert_parallel)
+    # Not init_device_mesh, which takes no timeout.
+    groups = [_group(grid.t().tolist(), timeout), _group(grid.tolist(), timeout)]
+    return DeviceMesh.from_group(groups, device_type, mesh=grid, mesh_dim_names=(REPLICA, EXPERT))
+
+
+def _group(rows: list[list[int]], timeout: timedelta | None) -> dist.ProcessGroup:
+    """This process's group, out of groups that all processes make together."""
+    groups = [dist.new_group(row, timeout=timeout) for row in rows]
+    (own,) = (group for group in groups if isinstance(group, dist.ProcessGroup))
+    return own
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from m3bsr.backbones import MoEVisionTransformer
+from m3bsr.cli.common import LOST_PROCESS, one_line_errors
 from m3bsr.engine import distributed, read_log
 from m3bsr.engine.expert_shares import ExpertShares
 from m3bsr.engine.optim import make_optimizer
@@ -24,21 +28,23 @@ CPU = torch.device("cpu")
 STEPS = 10
 
 
-def make_model():
+def make_model(recompute="none"):
     """A gate for each of two tasks, and of 8 experts in two blocks some that train."""
     torch.manual_seed(0)
     backbone = MoEVisionTransformer(
         (16, 16), patch_size=8, embed_dim=16, depth=4, num_heads=2, moe_blocks=(1, 3), tasks=("depth", "semseg"),
         num_experts=8, top_k=2, moe_mlp_ratio=0.5, renormalize=True,
     )  # fmt: skip
-    backbone.set_plan(Plan(train_blocks=(1, 3), train_experts=((0, 1, 2, 6), (5,)), drop_blocks=(2,), keep_rate=0.5))
+    experts = ((0, 1, 2, 6), (5,))
+    backbone.set_plan(Plan((1, 3), train_experts=experts, drop_blocks=(2,), keep_rate=0.5, recompute=recompute))
     heads = {"depth": HEADS["light"](16, 1, head_dim=8), "semseg": HEADS["light"](16, 3, head_dim=8)}
     return MultiTaskModel(backbone, heads)
 
 
-def train(tiny, folder, **kwargs):
+def train(tiny, folder, recompute="none", on_step=lambda step: None, **kwargs):
     """Weights and metrics of a run with momentum (Adam would blow up gradients that are zero but for rounding)."""
-    model = make_model()
+    model = make_model(recompute)
+    model.set_step = on_step
     optimizer = make_optimizer("sgd", model, lr=0.1)
     tasks = {"depth": TASKS["depth"](), "semseg": TASKS["semseg"](num_classes=3)}
     data = tiny.TinySet(12, size=(16, 16)), tiny.TinySet(5, augment=False, size=(16, 16))
@@ -66,11 +72,14 @@ def alone(tiny, tmp_path_factory):
     return folder, *train(tiny, folder, batch_size=1, accumulate=4)
 
 
-@pytest.mark.parametrize(("num", "expert_parallel"), [(2, 2), (4, 2)])
-def test_as_one_process(alone, tiny, many, tmp_path, num, expert_parallel):
-    """Weights, metrics, gradient norm (which clips) and the log; frozen experts have the bits that they began with."""
+@pytest.mark.parametrize(("num", "expert_parallel", "recompute"), [(2, 2, "all"), (4, 2, "none")])
+def test_as_one_process(alone, tiny, many, tmp_path, num, expert_parallel, recompute):
+    """Weights, metrics, gradient norm (which clips) and the log; frozen experts have the bits that they began with.
+
+    Recomputed blocks exchange their tokens again, in the backward pass.
+    """
     folder, expected, expected_metrics = alone
-    options = {"batch_size": 1, "accumulate": 4 // num, "expert_parallel": expert_parallel}
+    options = {"batch_size": 1, "accumulate": 4 // num, "expert_parallel": expert_parallel, "recompute": recompute}
     job = functools.partial(train, tiny, tmp_path / "run", **options)
     found = many.run(num, functools.partial(as_one_of, job), tmp_path / "processes")
     fresh = make_model().state_dict()["backbone.blocks.1.mlp.experts.fc1.weight"]
@@ -164,3 +173,25 @@ def test_a_process_has_the_state_of_its_own_experts(many, tmp_path):
     assert {name.split(".")[-2] for name in second} == {"6", "5"}
     trained = sum(p.requires_grad for p in make_model().parameters())
     assert of_first == of_second == [trained, trained]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_a_lost_process_ends_the_others_while_they_exchange_tokens(tiny, many, tmp_path, how):
+    def in_third_step(rank, step):
+        if (rank, step) == (1, 2):
+            os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else time.sleep(60)
+
+    @one_line_errors
+    def command(rank):
+        with distributed.processes(CPU, timeout_s=60 if how == "killed" else 5):
+            on_step = functools.partial(in_third_step, rank)
+            train(tiny, tmp_path / "run", batch_size=1, expert_parallel=2, eval_every=0, on_step=on_step)
+        return 0
+
+    pids = many.start(2, command, tmp_path)
+    assert many.wait(pids[:1], timeout_s=45) == [LOST_PROCESS]
+    if how == "hung":
+        os.kill(pids[1], signal.SIGKILL)
+    os.waitpid(pids[1], 0)
+    assert "process 1 of 2 ended or does not answer" in (tmp_path / "output-0.txt").read_text()

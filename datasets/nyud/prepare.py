@@ -243,11 +243,10 @@ def check_mat(path: Path, needs_raw: bool) -> tuple[int, tuple[int, int]]:
     except ImportError:
         raise ValueError("MATLAB 7.3 files need h5py: pip install h5py") from None
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
+        with h5py.File(path, "r") as file:
+            shapes = {key: value.shape for key, value in file.items() if isinstance(value, h5py.Dataset)}
+    except Exception as error:  # a damaged file fails in many ways: OSError, KeyError, RuntimeError
         raise ValueError(f"{path} is no MATLAB 7.3 (HDF5) file: {error}") from None
-    with file:
-        shapes = {key: value.shape for key, value in file.items() if isinstance(value, h5py.Dataset)}
     needed = ("images", "labels", "depths", *(("rawDepths",) if needs_raw else ()))
     missing = [key for key in needed if key not in shapes]
     if missing:

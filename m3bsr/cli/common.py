@@ -19,15 +19,16 @@ from m3bsr.engine.checkpoint import CheckpointError, load_weights, newest_checkp
 from m3bsr.engine.distributed import LostProcessError, is_told, who
 from m3bsr.engine.finite import NonFiniteError
 from m3bsr.models import MultiTaskModel
-from m3bsr.utils.foreign import read_json
+from m3bsr.utils.foreign import one_line, read_json
 from m3bsr.utils.log import show_log
+from m3bsr.utils.memory import is_out_of_memory
 
 USER_ERROR, BAD_NUMBERS, OUT_OF_MEMORY, LOST_PROCESS, INTERRUPTED = 2, 3, 4, 5, 130
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Turn what a user can mend into a line on stderr and an exit code: 2, 3 for NaN and infinity, or 5 for a
-    process that was lost.
+    """Turn what a user can mend into a line on stderr and an exit code: 2, 3 for NaN and infinity, 4 out of memory, 5
+    for a process that was lost.
 
     With ``M3BSR_DEBUG=1`` in the environment the traceback is shown. Of several processes that fail alike one speaks.
     """
@@ -48,6 +49,12 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
                 f"{who()}error: {error}; go on from the last checkpoint with --run.resume", file=sys.stderr, flush=True
             )
             return LOST_PROCESS
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            hint = "lower the batch size, or see tools/plan.py for plans that fit"
+            print(f"error: out of memory: {one_line(error)}; {hint}", file=sys.stderr)
+            return OUT_OF_MEMORY
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return INTERRUPTED

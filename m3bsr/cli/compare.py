@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import shlex
 import signal
@@ -37,6 +36,7 @@ from m3bsr.engine.finite import NonFiniteError
 from m3bsr.methods import METHODS, find_method
 from m3bsr.report.html import number
 from m3bsr.report.run import COST, describe_data
+from m3bsr.utils.foreign import read_object
 
 # What may differ between a run that lies in OUT and the one that is asked for.
 FREE = {"run.dir", "run.resume", "run.overwrite", "run.device", "data.root", "data.num_workers", "train.save_every"}
@@ -214,7 +214,7 @@ def check(variants: Sequence[Variant], num_seeds: int) -> None:
             folder = Path(variant.run(seed).run.dir)
             if not (folder / "config.json").is_file():
                 continue
-            saved = json.loads((folder / "config.json").read_text())
+            saved = read_object(folder / "config.json")
             changed = changed_settings(saved, replace(config, {"run.seed": seed}), FREE)
             if changed:
                 name, (then, now) = next(iter(changed.items()))

@@ -42,6 +42,7 @@ from m3bsr.engine.progress import say
 from m3bsr.engine.rng import seed_everything
 from m3bsr.engine.shards import is_sharded, shard
 from m3bsr.moe.parallel import check_processes
+from m3bsr.utils.foreign import one_line, read_object
 from m3bsr.utils.malloc import keep_freed_memory
 from m3bsr.utils.memory import free_bytes, is_out_of_memory
 
@@ -63,16 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     number when a signal ended the run."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     config, _ = parse_cli(arguments, "Train a model: CONFIG is a file of configs/.")
-    memory_bytes = free_bytes(pick_device(config.run.device))
+    device = pick_device(config.run.device)
+    memory_bytes = free_bytes(device) if device.type == "cpu" else None
     try:
         result, summary = run(config)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split("\n")[0].split()) or "MemoryError"
+        reason = one_line(error)
     else:
         return _say_how_it_ended(config, result, summary)
     # Here the frames of the run, and with them its tensors, are gone: predicting needs little, but not nothing.
+    if device.type == "cuda":  # not before: which device is this process's own is known only now
+        torch.cuda.empty_cache()
+        memory_bytes = free_bytes(device)
     hint = advice(config, arguments, memory_bytes) if memory_bytes else "lower train.batch_size, or see tools/plan.py"
     print(f"{who()}error: out of memory: {reason}; {hint}", file=sys.stderr)
     return OUT_OF_MEMORY
@@ -218,7 +223,7 @@ def prepare_run_dir(run_dir: Path, config: Config) -> bool:
     if config.run.resume:
         newest, complaints = newest_checkpoint(checkpoints)
         if newest is not None:
-            _check_same_settings(json.loads((newest / "config.json").read_text()), config, newest)
+            _check_same_settings(read_object(newest / "config.json"), config, newest)
         return newest is not None or bool(complaints)
     if config.run.overwrite:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -239,7 +244,7 @@ def with_chosen_experts(config: Config, train_set: Any, device: torch.device, re
     if not isinstance(wanted, str) or wanted == "all" or config.model.method != "bsr":
         return config
     if resume:
-        saved = json.loads((Path(config.run.dir) / "config.json").read_text())
+        saved = read_object(Path(config.run.dir) / "config.json")
         return replace(config, {"bsr.train_experts": Config.from_dict(saved).bsr.train_experts})
     model = build_model(replace(config, {"bsr.train_experts": "all"})).to(device)
     depth, size = len(model.backbone.blocks), config.train.batch_size
@@ -274,7 +279,8 @@ def changed_settings(
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+    sections = {name: fields for name, fields in config.items() if isinstance(fields, Mapping)}
+    return {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
 
 
 def summarise(result: TrainResult, model: nn.Module, device: torch.device, wall_s: float) -> dict[str, Any]:

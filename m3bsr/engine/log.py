@@ -110,11 +110,13 @@ class Window:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The whole lines of a ``log.jsonl``; one that a crash cut short is left out."""
     records = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from m3bsr.data.files import read_array, read_grey, read_image
 from m3bsr.data.targets import read_matlab
 from m3bsr.tasks.base import Task
+from m3bsr.utils.foreign import read_object
 
 ABOUT = "predictions.json"
 
@@ -103,9 +104,4 @@ def read_about(folder: Path) -> dict[str, Any]:
         ValueError: damaged.
     """
     path = folder / ABOUT
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    return read_object(path) if path.is_file() else {}

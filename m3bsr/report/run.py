@@ -16,6 +16,7 @@ from m3bsr.report.html import Column, Section
 from m3bsr.report.panels import expert_group, task_group, token_group
 from m3bsr.report.routing import routing_section
 from m3bsr.tasks import TASKS
+from m3bsr.utils.foreign import read_object
 
 REPORT, COST = "report.html", "cost.json"
 MB = 2**20
@@ -50,11 +51,7 @@ def run_report(run_dir: str | Path, collected: Collected | None = None, title: s
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    return data if isinstance(data, dict) else {}
+    return read_object(path)
 
 
 def describe(config: Mapping[str, Any]) -> str:

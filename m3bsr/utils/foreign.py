@@ -38,6 +38,18 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no JSON file: {one_line(error)}") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """:func:`read_json` of a file that holds an object.
+
+    Raises:
+        FileNotFoundError, ValueError: see there; or it holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return content
+
+
 def check_growth(packed: int, unpacked: int, what: str) -> None:
     """Refuse what would grow beyond all measure when it is unpacked.
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from m3bsr.cli import train
+from m3bsr.cli.common import one_line_errors
 from m3bsr.cli.out_of_memory import USABLE, advice, without_options
 from m3bsr.cli.plan import PredictedCosts, empty_job
 from m3bsr.config import load_config, parse_cli, replace
@@ -39,6 +40,19 @@ def test_one_line_and_a_code_of_its_own(job, capsys, monkeypatch):
     assert len(lines) == 1 and lines[0].startswith("error: out of memory: ") and "stack" not in lines[0]
     assert "the same plan in batches of 1 is predicted to need 0.0" in lines[0]
     assert f"tools/train.py {job.config} --train.batch-size 1 --train.accumulate 2" in lines[0]
+
+
+def test_other_commands_say_it_in_a_line_too(capsys):
+    @one_line_errors
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    assert main([]) == 4
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: out of memory: CUDA out of memory. Tried to allocate 2 GiB; ")
+        and error.count("\n") == 1
+    )
 
 
 def test_other_errors_are_not_taken_for_it(job, monkeypatch):
@@ -120,13 +134,14 @@ sys.exit(train.main(sys.argv[2:]))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 def test_a_real_lack_of_memory_and_the_command_that_was_named(job):
     """Under ``ulimit -v`` a large batch fails for real, and the command of the message trains under the same limit."""
 
     def limited(*argv):
         command = [sys.executable, "-c", LIMITED, str(400 * 2**20), *argv]
-        return subprocess.run(command, capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
     shape = ["--data.image-size", "224", "224", "--train.max-steps", "1", "--train.batch-size", "4"]
     failed = limited(job.config, *shape)

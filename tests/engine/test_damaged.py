@@ -9,9 +9,11 @@ import signal
 import pytest
 import torch
 
+from m3bsr.data.several import SeveralSets
 from m3bsr.engine import read_log
 from m3bsr.engine.checkpoint import load_state
 from m3bsr.engine.damaged import KEY, MAX_TRIES, DamagedSamples, ReplaceDamaged, without_replaced
+from m3bsr.engine.loader import collate
 
 
 def broken_set(tiny, broken, num_samples=12, **kwargs):
@@ -117,3 +119,26 @@ def test_a_share_of_nothing_allows_nothing():
     with pytest.raises(ValueError, match=r"1 of 10 val samples"):
         DamagedSamples({"val": 10}, 0.0).note("val", {KEY: ["a.jpg is bad"]})
     assert DamagedSamples({"val": 10}, 0.1).note("val", {KEY: ["", "a.jpg is bad", ""]}) == ["a.jpg is bad"]
+
+
+def test_of_several_sets_the_replacement_comes_from_the_same_one():
+    class Labelled(torch.utils.data.Dataset):
+        class_names, transform = {"classification": ("x",)}, None
+
+        def __init__(self, name, broken=()):
+            self.name, self.broken = name, broken
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            if index in self.broken:
+                raise OSError(f"{self.name}/{index} is gone")
+            label = torch.tensor(index)
+            return {"image": torch.zeros(3, 2, 2), "classification": label, "name": f"{index}.jpg", "index": index}
+
+    several = SeveralSets({"a": ReplaceDamaged(Labelled("a")), "b": ReplaceDamaged(Labelled("b", {2}))})
+    batch = collate([several[i] for i in range(6, 12)])
+    assert batch[KEY] == ["", "", "b/2 is gone", "", "", ""] and batch["b"].shape == (6,)
+    assert all(name.startswith("b/") for name in batch["name"]) and batch["name"][2] != "b/2.jpg"
+    assert several.epoch_batches(2, torch.Generator().manual_seed(0)) and several.class_names["b"] == ("x",)

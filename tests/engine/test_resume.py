@@ -110,3 +110,11 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(tiny, tmp_path, cap
     model, _ = tiny.run(tmp_path, epochs=1, resume=True)
     assert model.steps == [0, 1, 2, 3]
     assert "starting from the beginning" in capsys.readouterr().err
+
+
+def test_resume_with_damaged_checkpoints_only_is_an_error(tiny, tmp_path):
+    tiny.run(tmp_path, epochs=1)
+    for path in tmp_path.glob("checkpoints/*/state.pt"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="no whole checkpoint is left in .*: start the run anew"):
+        tiny.run(tmp_path, resume=True)

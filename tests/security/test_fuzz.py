@@ -5,6 +5,7 @@ The quick tests try the same few dozen inputs each time; ``-m slow`` tries a tho
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -35,7 +36,9 @@ from m3bsr.data.folder import CLASSES_FILE, names_of, read_classes_of
 from m3bsr.data.pascal import read_label_map, read_parts
 from m3bsr.data.targets import class_table
 from m3bsr.engine import checkpoint, newest_checkpoint
+from m3bsr.engine.log import RunLog, read_log
 from m3bsr.engine.schedule import make_schedule
+from m3bsr.report.run import read_json
 
 QUICK, MANY = 30, 1000
 
@@ -112,6 +115,19 @@ def fuzz_split_files(data: Any, folder: Path) -> None:
     only_user_errors(names_of, folder, "semseg")
     (folder / CLASSES_FILE).write_bytes(data.draw(damaged(b'name,class\na.jpg,cat\n"b","dog, small"\n')))
     only_user_errors(read_classes_of, folder)
+
+
+def fuzz_logs(data: Any, folder: Path) -> None:
+    """Every whole line is kept, whatever stands before and behind it, and none is double after a resume."""
+    good = [{"kind": "train", "step": step, "loss": 0.5} for step in (1, 2, 3)]
+    whole = "".join(json.dumps(record) + "\n" for record in good).encode()
+    path = folder / "log.jsonl"
+    path.write_bytes(whole + data.draw(damaged(whole)))
+    assert read_log(path)[:3] == good
+    with contextlib.closing(RunLog(folder, start_step=2, tensorboard=False)):
+        assert all(record["step"] <= 2 for record in read_log(path)) and read_log(path)[:2] == good[:2]
+    (folder / "result.json").write_bytes(data.draw(damaged(b'{"step": 1, "metrics": {}}')))
+    only_user_errors(read_json, folder / "result.json")
 
 
 def picture(name: str, **options: Any) -> bytes:

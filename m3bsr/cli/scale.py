@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="of each run; the first is not timed")
     parser.add_argument("--batch-size", type=int, default=2, help="images of a micro-batch of a process")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp", "experts"), default="ddp")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
@@ -163,6 +163,7 @@ def run_once(job: Job, number: int, device: torch.device) -> tuple[float, dict[s
             accumulate=config.train.accumulate,
             precision=job.precision,
             balance_weight=config.moe.balance_weight,
+            expert_parallel=number if job.parallel == "experts" else 1,
             eval_every=0,
             device=device,
             tensorboard=False,

@@ -34,7 +34,7 @@ def test_numbers_that_make_no_sense(argv, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "experts"])
 def test_two_processes(parallel, capsys):
     assert main(["--processes", "2", "--rounds", "1", "--steps", "2", "--batch-size", "1", "--parallel", parallel]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "equal"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 
 import numpy as np
@@ -41,7 +42,7 @@ class Scorer:
         """Score raw predictions ``[B, C, H, W]``, or with ``saved`` those of files (see ``Task.add_saved``).
 
         Raises:
-            ValueError: see the metric; possibly of an image that was added before.
+            ValueError: see the metric; possibly of an image that was added before. A process died.
         """
         if self.num_workers < 2 or not task.slow_metric:
             task.add_saved(metric, prediction, target) if saved else metric.update(prediction, target)
@@ -62,7 +63,14 @@ class Scorer:
 
     def _take(self) -> None:
         metric, future = self.waiting.popleft()
-        metric.merge({name: torch.from_numpy(value) for name, value in future.result().items()})
+        try:
+            sums = future.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a process that scores edges died (out of memory, or a script without `if __name__ == '__main__'`); "
+                "--num-workers 1 scores in this one"
+            ) from None
+        metric.merge({name: torch.from_numpy(value) for name, value in sums.items()})
 
 
 def _sums(task: Task, prediction: np.ndarray, target: np.ndarray, saved: bool) -> dict[str, np.ndarray]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
 import pytest
 import torch
 
@@ -37,6 +40,15 @@ def test_an_error_in_another_process_is_this_ones():
     task = TASKS["edge"](thresholds=9)
     with pytest.raises(ValueError, match="expected logits"), Scorer(2) as scorer:
         scorer.add(task, task.metric(), torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 4))
+        scorer.finish()
+
+
+def test_a_process_that_died_is_a_line():
+    task, future = TASKS["edge"](), Future()
+    future.set_exception(BrokenProcessPool("terminated abruptly"))
+    scorer = Scorer(2)
+    scorer.waiting.append((task.metric(), future))
+    with pytest.raises(ValueError, match="a process that scores edges died"):
         scorer.finish()
 
 

@@ -140,6 +140,18 @@ def open_run(
     return config, model, checkpoint
 
 
+def take_number(arguments: list[str], option: str, default: int) -> int:
+    """Take a positive number behind an option of the command's own out of the arguments; ValueError for another."""
+    if option not in arguments:
+        return default
+    position = arguments.index(option)
+    value = arguments[position + 1] if position + 1 < len(arguments) else ""
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{option} needs a positive number, got {value!r}")
+    del arguments[position : position + 2]
+    return int(value)
+
+
 def metrics_table(metrics: Mapping[str, Mapping[str, float]], protocol: str) -> str:
     """Metrics as text, a task a line, each with the protocol that it was scored by."""
     width = max(map(len, metrics), default=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from m3bsr.build import build_model, build_optimizer, build_tasks
-from m3bsr.cli.common import one_line_errors, pick_device
+from m3bsr.cli.common import one_line_errors, pick_device, take_number
 from m3bsr.config import Config, parse_cli
 from m3bsr.cost import CostReport
 from m3bsr.engine.predict_cost import predict
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     arguments = [a for a in arguments if a != "--json"]
-    repeats = _take_number(arguments, "--repeats", 5)
+    repeats = take_number(arguments, "--repeats", 5)
     arguments = ["--model.method" if a == "--method" else a for a in arguments]
     config, _ = parse_cli(arguments, DESCRIPTION)
     job = step_job(config)
@@ -55,17 +55,6 @@ def predicted_peak(config: Config, job: StepJob) -> int | None:
         return predict(job).peak_bytes
     except ValueError:
         return None
-
-
-def _take_number(arguments: list[str], option: str, default: int) -> int:
-    if option not in arguments:
-        return default
-    position = arguments.index(option)
-    value = arguments[position + 1] if position + 1 < len(arguments) else ""
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"{option} needs a positive number, got {value!r}")
-    del arguments[position : position + 2]
-    return int(value)
 
 
 def step_job(config: Config, model: nn.Module | None = None) -> StepJob:

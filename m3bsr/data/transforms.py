@@ -201,7 +201,8 @@ class Photometric:
         self.jitter = v2.ColorJitter(0.25 * strength, 0.25 * strength, 0.25 * strength)
 
     def __call__(self, sample: Sample) -> Sample:
-        return {**sample, "image": self.jitter(sample["image"])}
+        # In floats: half the time, as torchvision would round to bytes after each of the three.
+        return {**sample, "image": self.jitter(F.to_dtype(sample["image"], torch.float32, scale=True))}
 
 
 def _none(size: tuple[int, int]) -> list[Callable[[Sample], Sample]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from m3bsr.engine import distributed
 from m3bsr.engine.prefix_cache import PrefixFiles
@@ -216,7 +216,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in samples[0]:
         values = [sample[key] for sample in samples]
         same = all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values)
-        batch[key] = torch.stack(values) if same else values
+        # Not torch.stack: in a worker this one writes right into the memory that is shared with the training process.
+        batch[key] = default_collate(values) if same else values
     return batch
 
 

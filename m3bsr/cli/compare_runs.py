@@ -15,13 +15,16 @@ from m3bsr.config import replace
 from m3bsr.cost import paired_ratio, time_interleaved
 from m3bsr.report import compare_report, comparison_row
 from m3bsr.report.baselines import Baseline, baselines_note, check_baselines, read_baselines, scores_of
-from m3bsr.report.compare import SHORT, pareto_charts
-from m3bsr.report.pareto import standalone
+from m3bsr.report.compare import SHORT, pareto_charts, points_of
+from m3bsr.report.pareto import save_pareto, standalone
 from m3bsr.report.rows import (
+    COLUMNS,
     as_text,
+    better,
     group_runs,
     mean_row,
     qualities,
+    quality,
     same_or_complain,
     table_rows,
     write_table,
@@ -55,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each; 0 takes the times of training")
     parser.add_argument("--pictures", type=int, default=3, help="number of photographs; 0 needs no data")
     parser.add_argument("--root", help="where the data lies now, if it was moved (for the pictures)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of quality against GMACs (png, pdf, svg)")
     parser.add_argument("--title", default="Comparison", help="title of the page")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.out.suffix == ".html":
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runs:
         raise ValueError("nothing to compare: every run is one of --baselines")
     groups = {run.name: [run] for run in runs} if args.each else group_runs(runs)
-    write_comparison(
+    rows = write_comparison(
         args.out,
         groups,
         reference=pick_reference(groups, args.reference),
@@ -74,7 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         title=args.title,
         baselines=group_runs(args.baselines),
     )
+    if args.plot:
+        plot(rows, args.plot)
+        print(args.plot)
     return 0
+
+
+def plot(rows: Rows, path: Path) -> None:
+    """Quality against the operations of a training step as a picture.
+
+    Raises:
+        ValueError: fewer than two rows that have both.
+    """
+    key, labels = quality(rows), {column.key: column.label for column in COLUMNS}
+    points = points_of(rows, "train_step_gmacs")
+    labels_of = {"cost": labels["train_step_gmacs"], "quality": labels.get(key, key)}
+    save_pareto(points, path, **labels_of, better=better(key))
 
 
 def pick_reference(groups: Groups, wanted: str | None = None) -> str:

@@ -1,9 +1,10 @@
-"""Quality against cost: which runs are on the front, and the chart of it as inline SVG."""
+"""Quality against cost: which runs are on the front, and the chart of it as inline SVG or as a picture."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from m3bsr.report.curves import BOTTOM, LEFT, TOP, WIDTH, tick_label, ticks
@@ -80,6 +81,39 @@ def pareto_chart(points: Sequence[Point], *, cost: str, quality: str, better: st
     parts += _labels([(p.name, *at(p.cost, p.quality)) for p in points])
     aria = html.escape(f"{quality} against {cost}", quote=True)
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{aria}">{"".join(parts)}</svg>'
+
+
+def save_pareto(points: Sequence[Point], path: str | Path, *, cost: str, quality: str, better: str = "high") -> None:
+    """Write the same chart as a picture (PNG, PDF or SVG by the name's ending).
+
+    Raises:
+        ValueError: fewer than two points.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if len(points) < 2:
+        raise ValueError(f"a chart of {quality} against {cost} needs two runs that have both, got {len(points)}")
+    best = front(points, better)
+    figure = Figure(figsize=(7.5, 4.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.step([p.cost for p in best], [p.quality for p in best], where="post", color="0.6", linestyle="--", linewidth=1)
+    for p in points:
+        colour = f"C{p.colour % 10}"
+        axis.errorbar(p.cost, p.quality, yerr=p.spread or None, color=colour, linewidth=1.2, capsize=3)
+        axis.plot(p.cost, p.quality, "o", color=colour, markerfacecolor=colour if p in best else "white", markersize=7)
+        axis.annotate(p.name, (p.cost, p.quality), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axis.set_xlim(left=0)
+    axis.margins(x=0.12)
+    if better == "low":
+        axis.invert_yaxis()
+    axis.set_xlabel(cost)
+    axis.set_ylabel(quality)
+    axis.grid(color="0.9")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def standalone(svg: str) -> str:

@@ -9,6 +9,7 @@ Full fine-tuning: configs/moe_pascal_full.py; by the published recipe: configs/m
 """
 
 from m3bsr.config import (
+    MERGED,
     Config,
     DataConfig,
     LossConfig,
@@ -31,7 +32,7 @@ config = Config(
     ),
     model=ModelConfig(backbone="m3vit_small_patch16", weights="timm", head="light", drop_path=0.1),
     moe=MoEConfig(num_experts=16, top_k=4, mlp_ratio=1.0, gate="vmoe", gate_mode="per_task", upcycle="split"),
-    bsr=Plan(train_blocks=(3, 7, 11), drop_blocks=(8,), keep_rate=0.7, restore="transfer", restore_before=11),
+    bsr=Plan(train_blocks=(3, 7, 11), drop_blocks=(3, 6, 9), keep_rate=0.8, **MERGED),
     loss=LossConfig(stride=4),
     train=TrainConfig(epochs=60, batch_size=8, accumulate=2, precision="bf16", eval_every=10),
     optim=OptimConfig(name="adamw", lr=2e-4, weight_decay=0.05, warmup_steps=300),

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_type_hints
 
 import tyro
 
+from m3bsr.plan import MERGED as MERGED
 from m3bsr.plan import Plan
 from m3bsr.utils.checks import check_fields, describe, did_you_mean, tuples
 

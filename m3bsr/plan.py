@@ -24,6 +24,8 @@ SCHEDULE: tuple[str, ...] = get_args(Schedule)
 RESTORE: tuple[str, ...] = get_args(Restore)
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 ACTIVATION_DTYPE: tuple[str, ...] = get_args(ActivationDtype)
+# What drops do for dense tasks: the least loss for the work that they save, as measured on NYUD (LOG.md).
+MERGED: dict[str, Any] = {"select": "similar", "fuse": "merge", "restore": "unmerge"}
 
 
 @dataclass(frozen=True)

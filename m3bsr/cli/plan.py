@@ -36,7 +36,10 @@ DESCRIPTION = (
 UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 # Batch sizes that are tried, over that of the config.
 BATCHES = (4, 2, 1, 0.5, 0.25)
-NEW_FIELDS = ("train_blocks", "drop_blocks", "keep_rate", "score_source", "restore_before", "recompute")
+NEW_FIELDS = (
+    *("train_blocks", "drop_blocks", "keep_rate", "score_source", "restore_before", "recompute"),
+    *("select", "drop_from", "fuse", "restore"),
+)
 
 
 @one_line_errors

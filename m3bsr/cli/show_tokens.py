@@ -25,7 +25,7 @@ from m3bsr.report.tokens import FORMATS, TokenRow, save_tokens, tokens_left
 
 DESCRIPTION = """
 Draw a row per photograph: what the network sees, then for each drop block the kept patches as they are, the patches
-within fused tokens in the colour of their weight, and lost ones in black.
+within fused tokens, and those merged into kept ones, in the colour of their weight, and lost ones in black.
 """
 # Options that a run answers itself, and their values without one.
 OF_THE_MODEL: dict[str, Any] = {

@@ -42,7 +42,7 @@ from m3bsr.cost.params import storage_bytes
 from m3bsr.cost.predict import BackboneShape, Parts, backbone_parts, backbone_shape, peak_above_lasting
 from m3bsr.cost.saved import SavedBytes
 from m3bsr.cost.stages import FLOAT, Stage
-from m3bsr.plan import Plan, Recompute
+from m3bsr.plan import MERGED, Plan, Recompute
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 MAX_DROPS = 3
@@ -364,15 +364,13 @@ def _sets(allowed: tuple[int, ...], num: int, coverage: Callable[[Iterable[int]]
 def _plans(train: tuple[int, ...], depth: int, dense: bool) -> Iterator[Plan]:
     """Drops of all strengths that the search considers: up to three, evenly spaced from the first one to the end."""
     yield Plan(train_blocks=train)
-    # Dense tasks get the grid back before the last trained block, so that this block mends it.
-    end = train[-1] if dense else depth
-    before = {"restore_before": end} if dense else {}
-    for first, number, rate in itertools.product(range(min(end, depth - 1)), range(1, MAX_DROPS + 1), KEEP_RATES):
-        drops = tuple(sorted({first + i * (end - first) // number for i in range(number)}))
-        if len(drops) < number or drops[-1] >= min(end, depth - 1):
+    merged: dict[str, Any] = MERGED if dense else {}
+    for first, number, rate in itertools.product(range(depth - 1), range(1, MAX_DROPS + 1), KEEP_RATES):
+        drops = tuple(sorted({first + i * (depth - first) // number for i in range(number)}))
+        if len(drops) < number or drops[-1] >= depth - 1:
             continue
         for source in ("frozen", "own"):
-            plan = Plan(train_blocks=train, drop_blocks=drops, keep_rate=rate, score_source=source, **before)  # type: ignore[arg-type]
+            plan = Plan(train_blocks=train, drop_blocks=drops, keep_rate=rate, score_source=source, **merged)  # type: ignore[arg-type]
             if _is_possible(plan, depth):
                 yield plan
                 break
@@ -394,13 +392,12 @@ def _recomputing(plan: Plan, memory_bytes: int | None) -> Iterator[Plan]:
 def published_plan(depth: int, num_blocks: int = 3, dense: bool = False) -> Plan:
     """Evenly spaced blocks, the last among them; drops at a quarter, half and three quarters keep .5 of the tokens.
 
-    For dense tasks one drop at two thirds keeps .7, and the grid is restored before the last trained block.
+    For dense tasks they keep .8, and the others are merged into those.
     """
     train = tuple(max(0, round((i + 1) * depth / num_blocks) - 1) for i in range(num_blocks))
-    if dense:
-        drops = tuple(b for b in (2 * depth // 3,) if b < train[-1])
-        return Plan(train_blocks=train, drop_blocks=drops, keep_rate=0.7, score_source="own", restore_before=train[-1])
     drops = tuple(sorted({depth * i // 4 for i in (1, 2, 3)} - {depth - 1}))
+    if dense:
+        return Plan(train_blocks=train, drop_blocks=drops, keep_rate=0.8, score_source="own", **MERGED)
     return Plan(train_blocks=train, drop_blocks=drops, keep_rate=0.5, score_source="own")
 
 

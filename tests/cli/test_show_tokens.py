@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from m3bsr.build import build_model
 from m3bsr.cli import show_tokens
-from m3bsr.config import Config, replace
+from m3bsr.config import Config, Plan, replace
 from m3bsr.engine import save_checkpoint
 from m3bsr.models import MultiTaskModel
 
@@ -76,6 +76,22 @@ def test_photos_under_a_plan(weights, tmp_path, capsys) -> None:
     ]
     with Image.open(out) as image:
         assert image.width > 3 * 200 and image.height > 2 * 200
+
+
+def test_merged_patches_are_counted_as_such(weights, tmp_path, capsys) -> None:
+    photo, out = write_photo(tmp_path / "a.jpg"), tmp_path / "tokens.png"
+    arguments = [str(photo), "--weights", str(weights), "--size", "64", "--out", str(out), "--drop-blocks", "2", "5"]
+    assert show_tokens.main([*arguments, "--fuse", "merge", "--select", "similar"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "block 2: 9 tokens, 8 of 16 patches kept, 0 fused tokens, 8 patches merged, 0 patches lost",
+        "block 5: 5 tokens, 4 of 16 patches kept, 0 fused tokens, 12 patches merged, 0 patches lost",
+    ]
+
+
+def test_a_run_that_drops_from_the_backward_pass_only_has_nothing_to_show(tmp_path, capsys) -> None:
+    run = write_run(tmp_path / "run", **{"bsr": Plan((2,), drop_blocks=(1,), keep_rate=0.5, drop_from="backward")})
+    assert show_tokens.main([str(write_photo(tmp_path / "a.jpg")), "--run", str(run)]) == 2
+    assert "leave the backward pass only" in capsys.readouterr().err
 
 
 def test_the_default_plan_and_the_frozen_scores(weights, tmp_path, capsys) -> None:

@@ -159,7 +159,7 @@ def test_dense_tasks_with_a_loss_and_experts() -> None:
     suggestion = suggest_plan(model, [batch], 2, compute=0.6, loss=loss, warm_steps=2)
     plan = suggestion.plan
     assert isinstance(suggestion, Suggestion) and suggestion[0] is plan
-    assert plan.restore_before == plan.train_blocks[-1] and plan.drop_blocks[-1] < plan.restore_before
+    assert plan.drop_blocks and (plan.fuse, plan.select, plan.restore) == ("merge", "similar", "unmerge")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     share, _ = measured(model, plan, batch, loss)
     assert share <= 0.6
@@ -186,4 +186,5 @@ def test_wrong_arguments() -> None:
 def test_published_choice() -> None:
     plan = published_plan(12)
     assert (plan.train_blocks, plan.drop_blocks, plan.keep_rate) == ((3, 7, 11), (3, 6, 9), 0.5)
-    assert published_plan(12, dense=True).restore_before == 11
+    dense = published_plan(12, dense=True)
+    assert (dense.drop_blocks, dense.keep_rate, dense.fuse, dense.restore) == ((3, 6, 9), 0.8, "merge", "unmerge")

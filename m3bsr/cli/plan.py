@@ -36,10 +36,9 @@ DESCRIPTION = (
 UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 # Batch sizes that are tried, over that of the config.
 BATCHES = (4, 2, 1, 0.5, 0.25)
-NEW_FIELDS = (
-    *("train_blocks", "drop_blocks", "keep_rate", "score_source", "restore_before", "recompute"),
-    *("select", "drop_from", "fuse", "restore"),
-)
+NEW_FIELDS = ("train_blocks", "drop_blocks", "keep_rate", "score_source", "restore_before", "recompute")
+# These are the config's where it has a choice of its own.
+HOW_TO_DROP = ("select", "fuse", "restore")
 
 
 @one_line_errors
@@ -234,7 +233,8 @@ def find_plans(
 
 
 def _as_row(config: Config, costs: PredictedCosts, row: PlanRow) -> dict[str, Any]:
-    plan = dataclasses.replace(config.bsr, **{name: getattr(row.plan, name) for name in NEW_FIELDS})
+    free = [name for name in HOW_TO_DROP if getattr(config.bsr, name) == getattr(Plan(), name)]
+    plan = dataclasses.replace(config.bsr, **{name: getattr(row.plan, name) for name in (*NEW_FIELDS, *free)})
     full_gmacs = costs.full.train_step_macs / costs.batch_size / 1e9
     return {
         "plan": plan,
@@ -278,7 +278,7 @@ def as_options(row: dict[str, Any]) -> str:
     """The command line options that give a run this plan."""
     plan: Plan = row["plan"]
     words = [f"--train.batch-size {row['batch_size']}"]
-    for name in NEW_FIELDS:
+    for name in (*NEW_FIELDS, *HOW_TO_DROP):
         value = getattr(plan, name)
         text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         words.append(f"--bsr.{name.replace('_', '-')} {text}".rstrip())

@@ -104,8 +104,7 @@ def save_pareto(points: Sequence[Point], path: str | Path, *, cost: str, quality
         axis.errorbar(p.cost, p.quality, yerr=p.spread or None, color=colour, linewidth=1.2, capsize=3)
         axis.plot(p.cost, p.quality, "o", color=colour, markerfacecolor=colour if p in best else "white", markersize=7)
         axis.annotate(p.name, (p.cost, p.quality), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    axis.set_xlim(left=0)
-    axis.margins(x=0.12)
+    axis.set_xlim(0, 1.25 * max(p.cost for p in points))
     if better == "low":
         axis.invert_yaxis()
     axis.set_xlabel(cost)

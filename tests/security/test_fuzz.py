@@ -1,6 +1,6 @@
 """Whatever bytes come in, what comes out is a value, or ValueError or FileNotFoundError with one line.
 
-The quick tests try the same few dozen inputs each time; ``-m slow`` tries a thousand new ones for each kind of file.
+The quick tests try the same few inputs each time; ``-m slow`` tries a thousand new ones for each kind of file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from m3bsr.engine.log import RunLog, read_log
 from m3bsr.engine.schedule import make_schedule
 from m3bsr.report.run import read_json
 
-QUICK, MANY = 30, 1000
+QUICK, MANY = 10, 1000
 
 
 def only_user_errors(call: Callable[..., Any], *args: Any) -> None:

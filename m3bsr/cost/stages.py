@@ -301,7 +301,9 @@ def _moe_half(s: BlockShape, n: int, role: Role, size: Bytes) -> Stage:
     kept = 0.0 if s.low_memory else rows * size.act * (m + D)
     if role.trained and not s.low_memory:
         kept += rows * size.inputs * share * (D + m)
-    stored = n * (size.x * D + 2 * FLOAT) + kept + routing
+    # under autocast a copy of every expert's weights, whether or not they train: gradients go through them
+    weights = 2 * D * m * s.num_experts * w if w < FLOAT and not s.low_memory else 0
+    stored = n * (size.x * D + 2 * FLOAT) + kept + routing + weights
     if role.trained or s.low_memory:
         stored += n * size.inputs * D
     again, recomputed = 0.0, 0.0

@@ -21,6 +21,12 @@ def test_small_models(key: tuple[str, str, str]) -> None:
     assert abs(row.error) < 0.03, row
 
 
+@pytest.mark.parametrize("name", ["blocks", "BSR .7, restored"])
+def test_experts_under_autocast_keep_a_copy_of_their_weights(name: str) -> None:
+    row = compare(name, QUICK["m3vit_tiny_patch16", name, "bf16"])
+    assert abs(row.error) < 0.05, row
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_whole_grid() -> None:

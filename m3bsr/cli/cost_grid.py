@@ -146,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Predicted over measured peak, one point a setting, and the band of 5 %."""
     import matplotlib.figure
+    import matplotlib.ticker
 
     figure = matplotlib.figure.Figure(figsize=(6, 5.4), layout="constrained")
     axes = figure.subplots()
@@ -157,6 +158,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         x, y = ([getattr(row, name) / 2**20 for row in of] for name in ("measured", "predicted"))
         axes.scatter(x, y, s=18, label=model, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured peak, MB", ylabel="predicted peak, MB")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.set_title(f"Peak of a training step, {len(rows)} settings")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -139,14 +139,17 @@ sys.exit(train.main(sys.argv[2:]))
 def test_a_real_lack_of_memory_and_the_command_that_was_named(job):
     """Under ``ulimit -v`` a large batch fails for real, and the command of the message trains under the same limit."""
 
-    def limited(*argv):
-        command = [sys.executable, "-c", LIMITED, str(400 * 2**20), *argv]
+    def limited(megabytes, *argv):
+        command = [sys.executable, "-c", LIMITED, str(megabytes << 20), *argv]
         return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
     shape = ["--data.image-size", "224", "224", "--train.max-steps", "1", "--train.batch-size", "4"]
-    failed = limited(job.config, *shape)
+    for megabytes in (400, 300, 225):  # how much a step takes depends on PyTorch's version
+        failed = limited(megabytes, job.config, *shape, "--run.overwrite")
+        if failed.returncode:
+            break
     assert failed.returncode == 4, failed.stderr[-2000:]
     line = failed.stderr.strip().splitlines()[-1]
     assert re.search("out of memory: .*(can't allocate|not enough) memory.*is predicted to need", line), line
-    done = limited(*shlex.split(line.partition("tools/train.py ")[2]))
+    done = limited(megabytes, *shlex.split(line.partition("tools/train.py ")[2]))
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,7 +6,7 @@ import re
 
 from m3bsr.cli.bench_heads import main
 
-TINY = ["--size", "32x48", "--batch-size", "1", "--rounds", "1", "--device", "cpu"]
+TINY = ["--size", "32x48", "--batch-size", "1", "--rounds", "1", "--device", "cpu", "--clock", "cpu"]
 
 
 def test_a_row_for_each_head_and_stride(capsys) -> None:

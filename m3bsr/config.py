@@ -257,6 +257,8 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Of several processes (torchrun): each has the whole model (ddp), or a part of its parameters, gradients and
     optimizer state (fsdp, for what does not fit)."""
+    compile: bool = False
+    """Compile the halves of the blocks by torch.compile; needs a C++ compiler, and minutes for the first steps."""
     timeout_s: float = 600.0
     """Of several processes: how long to wait for one that does not answer before the run ends."""
 
@@ -267,6 +269,8 @@ class TrainConfig:
         _not_negative(self, "train", "clip_norm", "eval_every")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("train.compile: not with train.parallel fsdp; leave one of them out")
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def run_blocks(
 
         attended: Attended = _gathered(block)(
             store.attention,
-            _attention_half,
+            attention_half,
             block,
             i,
             state.x_BND,
@@ -180,14 +180,14 @@ def run_blocks(
             with torch.no_grad():
                 state = replace(
                     state,
-                    aside_BRD=_mlp_half(block, i, state.aside_BRD, state.aside_before_BRD, run_mlp, call),
+                    aside_BRD=mlp_half(block, i, state.aside_BRD, state.aside_before_BRD, run_mlp, call),
                     aside_before_BRD=None,
                 )
         # No name for the result: it would keep these tokens alive while the next block runs.
         state = replace(
             state,
             x_BND=_gathered(block)(
-                store.mlp, _mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch
+                store.mlp, mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch
             ),
             before_BND=None,
         )
@@ -210,7 +210,7 @@ def _gathered(block: nn.Module) -> Run:
     return getattr(block, "run_half", call)
 
 
-def _attention_half(
+def attention_half(
     block: Block,
     index: int,
     x_BND: Tensor,
@@ -250,7 +250,7 @@ def _drop(block: Block, index: int, x_BND: Tensor, dropping: Callable[..., Token
     return dropping(block=index)
 
 
-def _mlp_half(
+def mlp_half(
     block: Block, index: int, x_BND: Tensor, before_BND: Tensor | None, run_mlp: RunMLP, stretch: Run
 ) -> Tensor:
     lean = stretch is not call and type(block.mlp) is Mlp

@@ -25,6 +25,7 @@ from m3bsr.build import (
     build_prefix_cache,
     build_scheduler,
     build_tasks,
+    compile_model,
     with_fixed_views,
     with_found_classes,
 )
@@ -141,6 +142,7 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
         distributed.same_as_main([*model.parameters()])
         shard(model.to(device))
     with together():
+        compile_model(config, model, device)
         optimizer = build_optimizer(config, model)
         scheduler = build_scheduler(config, optimizer, train_set)  # type: ignore[arg-type]
         batch_transform = build_batch_transform(config, tasks)
@@ -196,7 +198,8 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
         optimizer.state.clear()  # the measured step has an optimizer of its own; two states would count twice
         if config.model.method == "bsr" and config.bsr.train_blocks != "all":
             save_delta(model, run_dir / "delta.safetensors", base_name=config.model.backbone)
-        finish_run(run_dir, config, model, tasks, val_set)
+        with torch.compiler.set_stance("force_eager"):  # counts what operators do, and other shapes are not worth it
+            finish_run(run_dir, config, model, tasks, val_set)
     return result, summary
 
 

@@ -32,11 +32,12 @@ def test_what_does_not_go_together_is_refused_in_one_line(job, capsys, options, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # one C++ compilation per shape, 5 minutes and more on a busy machine
 def test_a_compiled_run_trains_as_another_and_resumes_to_the_same_bits(job, tmp_path, monkeypatch):
     """Both have the same keys; without random numbers in the blocks, which compiled code draws otherwise."""
     options = [*SMALL, "--model.drop-path", "0", "--moe.noise-std", "0"]
     assert train([job.config, *options]) == 0
-    assert {"train_step_gmacs", "peak_bytes"} & set(json.loads((job.run / "cost.json").read_text()))
+    assert json.loads((job.run / "cost.json").read_text())["train_step_gmacs"] > 0
     assert evaluate([str(job.run)]) == 0
     torch.compiler.reset()
     plain, other = tmp_path / "plain", tmp_path / "other"

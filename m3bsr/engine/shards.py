@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import types
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def read_shards(folder: Path, model: nn.Module, optimizer: Any = None) -> None:
                 like = parameters[name]
                 slots[key] = torch.zeros_like(like) if size == like.shape and size else torch.zeros(size)
                 optimizer.state[like][slot] = slots[key]
-    dcp.load({**own, **slots}, storage_reader=reader, no_dist=not is_joined())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant to be
+        dcp.load({**own, **slots}, storage_reader=reader, no_dist=not is_joined())
 
 
 SLOTS = "optimizer/"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -9,8 +10,9 @@ import time
 import pytest
 import torch
 
-from m3bsr.cli.common import LOST_PROCESS, one_line_errors
+from m3bsr.cli.common import BAD_NUMBERS, LOST_PROCESS, one_line_errors
 from m3bsr.engine import checkpoint, distributed
+from m3bsr.engine.damaged import ReplaceDamaged
 
 NUM = 3
 
@@ -66,3 +68,41 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tiny, many, tmp_pa
     pids = start(tiny, many, tmp_path, tmp_path / "run", terminate, 60)
     assert many.wait(pids) == [128 + signal.SIGTERM] * NUM
     assert checkpoint.load_state(tmp_path / "run/checkpoints/last")["progress"]["step"] == 3
+
+
+def test_a_bad_number_in_one_process_stops_all_before_the_step(tiny, many, tmp_path):
+    @one_line_errors
+    def command(rank):
+        parts = tiny.make_parts(batch_size=1)
+
+        def spoil(step):
+            if rank == 1 and step == 2:
+                parts[0].stem.weight.data.fill_(math.nan)
+
+        parts[0].on_step = spoil
+        with distributed.processes(torch.device("cpu"), 60):
+            tiny.run(tmp_path / "run", parts=parts, batch_size=1)
+        return 0
+
+    assert many.wait(many.start(2, command, tmp_path)) == [BAD_NUMBERS] * 2
+    for rank in range(2):
+        assert "step 3: the loss" in said(tmp_path, rank)
+        assert said(tmp_path, rank).count(".jpg") == 2, "of both processes"
+
+
+def test_damaged_samples_are_counted_over_all_processes(tiny, many, tmp_path):
+    class Damaged(tiny.TinySet):
+        def __getitem__(self, index):
+            if index == 5:
+                raise ValueError("005.jpg: cannot be read")
+            return super().__getitem__(index)
+
+    def job(rank):
+        parts = list(tiny.make_parts(batch_size=1, epochs=1))
+        parts[2] = ReplaceDamaged(Damaged())
+        with distributed.processes(torch.device("cpu"), 60):
+            _, result = tiny.run(tmp_path / "run", parts=parts, batch_size=1, epochs=1, max_skipped=0.5)
+        return result.progress.damaged
+
+    expected = {"train": ["005.jpg: cannot be read"], "val": []}
+    assert many.run(2, job, tmp_path) == [expected, expected]

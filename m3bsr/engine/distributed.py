@@ -78,6 +78,8 @@ def processes(device: torch.device, timeout_s: float = 600.0) -> Iterator[torch.
     patience = _roll_call.patience = timedelta(seconds=timeout_s)
     try:
         store, number, size = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun's store outlives a restart, and with it the addresses of processes that are gone
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
         _roll_call.begin(store)
         yield device

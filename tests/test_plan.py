@@ -29,7 +29,7 @@ BAD = [
     ({"train_experts": "top"}, "bsr.train_experts must be"),
     ({"train_experts": (1, 2)}, "bsr.train_experts must be a string or a tuple of tuples of integers"),
     ({"train_experts": ((1, 1),)}, "bsr.train_experts names a number twice"),
-    ({"fuse": "man"}, "bsr.fuse must be one of 'sum', 'mean', 'none', got 'man'; did you mean 'mean'?"),
+    ({"fuse": "man"}, "bsr.fuse must be one of 'sum', 'mean', 'none', 'merge', got 'man'; did you mean 'mean'?"),
     ({"score_source": "owm"}, "did you mean 'own'?"),
     ({"schedule": "cosin"}, "did you mean 'cosine'?"),
     ({"restore": "transfr"}, "did you mean 'transfer'?"),

@@ -173,8 +173,14 @@ def run_blocks(
         if i in roles.score_of:
             used = state.scores_BM if plan.score_source == "frozen" else scores
             assert used is not None
-            now = partial(dropping, state, used, keep_rate=keep_rates[i], keys_BMd=keys)
-            state = store.drop(_drop, block, i, state.x_BND, now)
+            # No name for the partial either: it would keep the tokens as they were before the drop.
+            state = store.drop(
+                _drop,
+                block,
+                i,
+                state.x_BND,
+                partial(dropping, state, used, keep_rate=keep_rates[i], keys_BMd=keys),
+            )
         state = fork(i, state)
         if state.aside_BRD is not None:  # first, so that what run_mlp remembers is of the tokens that learn
             with torch.no_grad():

@@ -7,7 +7,7 @@ The order is always [prefix | ordinary, in image order, a "sum" fused token last
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -271,7 +271,7 @@ def most_similar(query_BRd: Tensor, key_BKd: Tensor) -> Tensor:
     return (query @ key.transpose(1, 2)).argmax(dim=-1)
 
 
-def patches_kept(stages: tuple[DropStage, ...] | list[DropStage], grid: tuple[int, int]) -> list[Tensor]:
+def patches_kept(stages: Sequence[DropStage], grid: tuple[int, int]) -> list[Tensor]:
     """For every stage a mask ``[B, h*w]`` of the patches that are still tokens of their own after it."""
     masks = []
     for stage in stages:

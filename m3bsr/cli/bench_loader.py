@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def profile(dataset: Any, num_samples: int) -> dict[str, float]:
         for i in range(num_samples):
             index = i % len(dataset)
             with isolated_rng(derive_seed(0, i)):
-                samples.append(timed("whole", lambda index=index: dataset[index]))
+                samples.append(timed("whole", partial(dataset.__getitem__, index)))
             if isinstance(dataset, DenseImages):
                 _time_reading(dataset, index, timed)
         dataset.transform = lambda sample: timed("transform", lambda: transform(sample))
@@ -90,7 +91,7 @@ def _time_reading(dataset: DenseImages, index: int, timed: Callable[[str, Callab
     for task in dataset.dense_tasks:
         path = dataset.label_file(task, name)
         if path is not None:
-            timed(f"read {task}", lambda task=task, path=path: dataset.read_target(task, path, name))
+            timed(f"read {task}", partial(dataset.read_target, task, path, name))
 
 
 def profile_table(parts: Mapping[str, float]) -> str:

@@ -41,7 +41,7 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="classification has one per image"):
         PredictionWriter(tmp_path / "out", {"classification": TASKS["classification"]()})
     (tmp_path / "predictions.json").write_text("{")
-    with pytest.raises(ValueError, match=r"predictions\.json is damaged"):
+    with pytest.raises(ValueError, match=r"predictions\.json is no JSON file"):
         read_about(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"missing file: .*depth/a\.npy"):
         read_saved(TASKS["depth"](), saved_file(tmp_path, "depth", (".npy", ".mat"), "a"))

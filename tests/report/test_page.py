@@ -94,7 +94,7 @@ def test_a_run_that_has_just_begun(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         run_report(tmp_path / "nowhere")
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(ValueError, match=r"result\.json is damaged"):
+    with pytest.raises(ValueError, match=r"result\.json is no JSON file"):
         run_report(tmp_path)
 
 

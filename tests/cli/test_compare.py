@@ -105,7 +105,7 @@ def test_tables_have_means_spreads_and_shares(compared) -> None:
 
 def test_page_and_charts(compared) -> None:
     text = (compared / "report.html").read_text()
-    assert "Methods on tiny" in text and "on the front of" in text and "test_vit on image_folder at 32 x 32" in text
+    assert "Methods on tiny" in text and "<th>front (M T G)" in text and "test_vit on image_folder at 32 x 32" in text
     assert text.count('aria-label="classification top1 against') == 3
     assert re.search(r"<th[^>]*>bsr\.7</th>", text), "answers of every run for the same photographs"
     assert "Tokens kept" in text and "Experts chosen" not in text

@@ -14,6 +14,7 @@ from m3bsr.cli import bench_malloc
 TOOL = Path(bench_malloc.__file__).parents[2] / "tools" / "bench_malloc.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
 def test_kept_memory_is_not_mapped_again():
     # In a process of its own: the setting would stay. 6000 x 1536 floats are 37 MB, above the 32 MB of the trap.

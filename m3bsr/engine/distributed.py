@@ -7,6 +7,7 @@ processes go small tensors on the CPU (gloo) and whatever lies on the device (nc
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -130,8 +131,19 @@ class _RollCall:
             except RuntimeError:  # the one that keeps the store is gone
                 late.append(number)
                 break
+        self._let_the_others_look(late)
         who = ", ".join(map(str, late)) or "another one"
         return f"process {who} of {num_processes()} ended or does not answer"
+
+    def _let_the_others_look(self, late: list[int]) -> None:
+        """Process 0 keeps the store: if it ended first, the others would take it for the one that is lost."""
+        assert self.store is not None
+        others = [f"looked {number}" for number in range(1, num_processes()) if number not in late]
+        with contextlib.suppress(RuntimeError):  # the store, or one of the others, is gone as well
+            if rank() == 0 and others:
+                self.store.wait(others, timedelta(seconds=10))
+            else:
+                self.store.set(f"looked {rank()}", "")
 
 
 _roll_call = _RollCall()

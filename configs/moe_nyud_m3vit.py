@@ -20,6 +20,7 @@ config = replace(
     {
         "model.head": "upsample",
         "model.drop_path": 0.0,
+        "moe.gate": "vmoe",
         "bsr": Plan(),
         "loss.stride": 1,
         "train": TrainConfig(epochs=100, batch_size=8, accumulate=2, clip_norm=0.0, eval_every=10),

@@ -24,7 +24,7 @@ from m3bsr.config import (
 config = Config(
     data=DataConfig(name="nyud", tasks=("semseg", "depth"), image_size=(240, 320), augment="astmt"),
     model=ModelConfig(backbone="m3vit_tiny_patch16", weights="timm", head="light"),
-    moe=MoEConfig(blocks=(7, 9, 11), num_experts=16, top_k=4, gate="vmoe", gate_mode="per_task", upcycle="split"),
+    moe=MoEConfig(blocks=(7, 9, 11), num_experts=16, top_k=4, gate="slots", gate_mode="per_task", upcycle="split"),
     bsr=Plan(train_blocks=(3, 7, 11), drop_blocks=(3, 6, 9), keep_rate=0.8, **MERGED),
     loss=LossConfig(stride=4),
     train=TrainConfig(epochs=8, batch_size=8, eval_every=4, eval_batch_size=10),

@@ -17,10 +17,7 @@ config = replace(
     {
         "model.head": published.model.head,
         "model.drop_path": published.model.drop_path,
-        "bsr": published.bsr,
-        "loss": published.loss,
-        "train": published.train,
-        "optim": published.optim,
+        **{part: getattr(published, part) for part in ("bsr", "loss", "train", "optim")},
         "run.dir": "runs/vit_nyud_m3vit",
     },
 )

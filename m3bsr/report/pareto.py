@@ -5,15 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from m3bsr.report.curves import BOTTOM, LEFT, TOP, WIDTH, tick_label, ticks
 from m3bsr.report.html import number
+from m3bsr.report.labels import Box, place_labels
 from m3bsr.report.style import COLOURS, STYLE
 
 HEIGHT, RIGHT = 300, 20
 LINE = 11
-"""Least distance of two labels, in units of the chart."""
+"""Height of a label, in units of the chart."""
 
 
 class Point(NamedTuple):
@@ -64,7 +65,9 @@ def pareto_chart(points: Sequence[Point], *, cost: str, quality: str, better: st
         x = at(tick, y_ticks[0])[0]
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{tick_label(tick)}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{html.escape(cost)}</text>')
-    parts.append(_steps([at(p.cost, p.quality) for p in best]))
+    corners = _corners([at(p.cost, p.quality) for p in best], WIDTH - RIGHT)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+    parts.append(f'<polyline points="{line}" style="stroke:var(--soft);stroke-dasharray:4 3;stroke-width:1.2"/>')
     for p in points:
         (x, y), colour = at(p.cost, p.quality), f"var(--c{p.colour % COLOURS})"
         if p.spread:
@@ -78,7 +81,7 @@ def pareto_chart(points: Sequence[Point], *, cost: str, quality: str, better: st
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" style="fill:{fill};stroke:{colour};stroke-width:2">'
             f"<title>{html.escape(said)}</title></circle>"
         )
-    parts += _labels([(p.name, *at(p.cost, p.quality)) for p in points])
+    parts += _labels([(p.name, *at(p.cost, p.quality)) for p in points], _lines(corners))
     aria = html.escape(f"{quality} against {cost}", quote=True)
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{aria}">{"".join(parts)}</svg>'
 
@@ -98,21 +101,37 @@ def save_pareto(points: Sequence[Point], path: str | Path, *, cost: str, quality
     figure = Figure(figsize=(7.5, 4.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    axis.step([p.cost for p in best], [p.quality for p in best], where="post", color="0.6", linestyle="--", linewidth=1)
+    end = 1.25 * max(p.cost for p in points)
+    corners = _corners([(p.cost, p.quality) for p in best], end)
+    axis.plot(*zip(*corners, strict=True), color="0.6", linestyle="--", linewidth=1)
     for p in points:
         colour = f"C{p.colour % 10}"
         axis.errorbar(p.cost, p.quality, yerr=p.spread or None, color=colour, linewidth=1.2, capsize=3)
         axis.plot(p.cost, p.quality, "o", color=colour, markerfacecolor=colour if p in best else "white", markersize=7)
-        axis.annotate(p.name, (p.cost, p.quality), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    axis.set_xlim(0, 1.25 * max(p.cost for p in points))
+    axis.set_xlim(0, end)
     if better == "low":
         axis.invert_yaxis()
     axis.set_xlabel(cost)
     axis.set_ylabel(quality)
     axis.grid(color="0.9")
+    _annotate(figure, axis, points, corners)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _annotate(figure: Any, axis: Any, points: Sequence[Point], corners: Sequence[tuple[float, float]]) -> None:
+    """Names beside the points of a picture; places are those of the finished layout, in pixels, y downwards."""
+    figure.draw_without_rendering()
+    canvas, frame, line = figure.bbox.height, axis.bbox, figure.dpi * 10 / 72
+    flipped = [(x, canvas - y) for x, y in axis.transData.transform([*((p.cost, p.quality) for p in points), *corners])]
+    places, avoid = flipped[: len(points)], _lines(flipped[len(points) :])
+    inside = Box(frame.x0, canvas - frame.y1, frame.x1, canvas - frame.y0)
+    widths = [0.5 * line * len(p.name) for p in points]
+    boxes = place_labels(places, widths, height=line, radius=0.45 * line, inside=inside, avoid=avoid)
+    for p, box in zip(points, boxes, strict=True):
+        spot = axis.transData.inverted().transform((box.left, canvas - box.bottom))
+        axis.text(*spot, p.name, fontsize=8, verticalalignment="bottom")
 
 
 def standalone(svg: str) -> str:
@@ -121,27 +140,26 @@ def standalone(svg: str) -> str:
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1)
 
 
-def _steps(places: Sequence[tuple[float, float]]) -> str:
-    """The front: a run's quality can be had from its cost upwards."""
+def _corners(places: Sequence[tuple[float, float]], end: float) -> list[tuple[float, float]]:
+    """The front: a run's quality can be had from its cost upwards, to the ``end`` of the chart."""
     corners = [places[0]]
     for x, y in places[1:]:
         corners += [(x, corners[-1][1]), (x, y)]
-    corners.append((WIDTH - RIGHT, corners[-1][1]))
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-    return f'<polyline points="{line}" style="stroke:var(--soft);stroke-dasharray:4 3;stroke-width:1.2"/>'
+    return [*corners, (end, corners[-1][1])]
 
 
-def _labels(places: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Names beside their points and above the front, to the side where there is room, none over another."""
-    labels: list[str] = []
-    taken: list[tuple[float, float, float]] = []  # left, right, base line
-    for name, x, y in sorted(places, key=lambda place: place[2]):
-        width, to_the_right = 5.8 * len(name), x < 0.62 * WIDTH
-        left = x + 8 if to_the_right else x - 8 - width
-        y -= 4
-        while any(left < end and start < left + width and abs(y - base) < LINE for start, end, base in taken):
-            y += 1
-        taken.append((left, left + width, y))
-        place = f'x="{x + 8:.1f}"' if to_the_right else f'x="{x - 8:.1f}" text-anchor="end"'
-        labels.append(f'<text {place} y="{y:.1f}">{html.escape(name)}</text>')
-    return labels
+def _lines(corners: Sequence[tuple[float, float]]) -> list[Box]:
+    """What the front covers."""
+    pairs = zip(corners, corners[1:], strict=False)
+    return [Box(min(a, c) - 1, min(b, d) - 1, max(a, c) + 1, max(b, d) + 1) for (a, b), (c, d) in pairs]
+
+
+def _labels(places: Sequence[tuple[str, float, float]], avoid: Sequence[Box]) -> list[str]:
+    """Names beside their points, over no point, no other name and not over the front."""
+    inside = Box(LEFT, 0, WIDTH - 4, HEIGHT - BOTTOM)
+    points, widths = [(x, y) for _, x, y in places], [5.8 * len(name) for name, _, _ in places]
+    boxes = place_labels(points, widths, height=LINE, radius=4.5, inside=inside, avoid=avoid)
+    return [
+        f'<text x="{box.left:.1f}" y="{box.bottom - 2:.1f}">{html.escape(name)}</text>'
+        for (name, _, _), box in zip(places, boxes, strict=True)
+    ]

@@ -23,9 +23,9 @@ from m3bsr.cli.common import one_line_errors, pick_device
 from m3bsr.cli.measure_cost import measure
 from m3bsr.config import Config, Plan, parse_cli, replace
 from m3bsr.cost import search_plans
-from m3bsr.cost.predict import Parts, backbone_parts, backbone_shape
+from m3bsr.cost.parts import Parts, backbone_parts, backbone_shape
+from m3bsr.cost.search import PlanRow
 from m3bsr.cost.stages import Stage
-from m3bsr.cost.suggest import PlanRow
 from m3bsr.engine.predict_cost import levels_read, precision_of, predict
 from m3bsr.engine.step_cost import StepJob
 

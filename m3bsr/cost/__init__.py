@@ -5,9 +5,11 @@ from m3bsr.cost.flops import MacCount, MacCounter, count_macs
 from m3bsr.cost.measure import CostReport, measure_step, step_peak
 from m3bsr.cost.memory import peak_growth, resident_growth
 from m3bsr.cost.params import optimizer_state_bytes, parameter_cost
-from m3bsr.cost.predict import Precision, Prediction, predict_step
+from m3bsr.cost.parts import Precision
+from m3bsr.cost.predict import Prediction, predict_step
 from m3bsr.cost.saved import SavedBytes
-from m3bsr.cost.suggest import Suggestion, SuggestionTable, published_plan, search_plans, suggest_plan
+from m3bsr.cost.search import Suggestion, SuggestionTable, published_plan, search_plans
+from m3bsr.cost.suggest import suggest_plan
 from m3bsr.cost.timing import Timing, paired_ratio, time_interleaved, time_steps
 
 __all__ = [

@@ -20,7 +20,8 @@ import torch
 from m3bsr.build import build_batch_transform, build_datasets, build_tasks, with_fixed_views, with_found_classes
 from m3bsr.cli.common import one_line_errors, take_number
 from m3bsr.cli.measure_cost import step_job
-from m3bsr.config import Config, parse_cli
+from m3bsr.cli.options import parse_cli
+from m3bsr.config import Config
 from m3bsr.data.dense import DenseImages
 from m3bsr.engine.loader import collate, train_loader
 from m3bsr.engine.rng import derive_seed, isolated_rng

@@ -29,9 +29,10 @@ from m3bsr.build import build_model, with_found_classes
 from m3bsr.cli import report
 from m3bsr.cli.common import BAD_NUMBERS, one_line_errors
 from m3bsr.cli.compare_runs import pick_reference, write_comparison
+from m3bsr.cli.options import parse_cli
 from m3bsr.cli.train import changed_settings
 from m3bsr.cli.train import run as train_run
-from m3bsr.config import Config, load_config, parse_cli, replace
+from m3bsr.config import Config, load_config, replace
 from m3bsr.engine.finite import NonFiniteError
 from m3bsr.methods import METHODS, find_method
 from m3bsr.report.html import number

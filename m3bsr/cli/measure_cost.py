@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from m3bsr.build import build_model, build_optimizer, build_tasks
 from m3bsr.cli.common import one_line_errors, pick_device, take_number
-from m3bsr.config import Config, parse_cli
+from m3bsr.cli.options import parse_cli
+from m3bsr.config import Config
 from m3bsr.cost import CostReport
 from m3bsr.engine.predict_cost import predict
 from m3bsr.engine.rng import seed_everything

@@ -21,7 +21,8 @@ from m3bsr.bsr import tokens_left
 from m3bsr.build import build_model, build_optimizer, build_tasks
 from m3bsr.cli.common import one_line_errors, pick_device
 from m3bsr.cli.measure_cost import measure
-from m3bsr.config import Config, Plan, parse_cli, replace
+from m3bsr.cli.options import parse_cli
+from m3bsr.config import Config, Plan, replace
 from m3bsr.cost import search_plans
 from m3bsr.cost.parts import Parts, backbone_parts, backbone_shape
 from m3bsr.cost.search import PlanRow

@@ -31,9 +31,10 @@ from m3bsr.build import (
 )
 from m3bsr.cli.common import OUT_OF_MEMORY, metrics_table, one_line_errors, pick_device, write_json
 from m3bsr.cli.evaluate import evaluate_run
+from m3bsr.cli.options import parse_cli
 from m3bsr.cli.out_of_memory import advice
 from m3bsr.cli.report import finish_run, make_reporter
-from m3bsr.config import Config, parse_cli, replace
+from m3bsr.config import Config, replace
 from m3bsr.data.labelled import spread as evenly
 from m3bsr.delta import save_delta
 from m3bsr.engine import TrainResult, distributed, newest_checkpoint, train

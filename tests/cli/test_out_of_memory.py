@@ -12,9 +12,10 @@ import torch
 
 from m3bsr.cli import train
 from m3bsr.cli.common import one_line_errors
+from m3bsr.cli.options import parse_cli
 from m3bsr.cli.out_of_memory import USABLE, advice, without_options
 from m3bsr.cli.plan import PredictedCosts, empty_job
-from m3bsr.config import load_config, parse_cli, replace
+from m3bsr.config import load_config, replace
 from m3bsr.utils import memory
 
 GB = 2**30

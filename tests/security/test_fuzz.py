@@ -29,8 +29,9 @@ from m3bsr import Plan, load_delta, reprogram, save_delta
 from m3bsr.backbones import load_weights, read_weights
 from m3bsr.backbones.moe_vit import MoEVisionTransformer
 from m3bsr.cli.common import read_config
+from m3bsr.cli.options import parse_cli
 from m3bsr.cli.predict import upright
-from m3bsr.config import Config, parse_cli
+from m3bsr.config import Config
 from m3bsr.data.files import read_array, read_grey, read_image, read_labels, read_names
 from m3bsr.data.folder import CLASSES_FILE, names_of, read_classes_of
 from m3bsr.data.pascal import read_label_map, read_parts

@@ -87,6 +87,7 @@ def step_job(config: Config, model: nn.Module | None = None) -> StepJob:
         loss_stride=config.loss.stride,
         balance_weight=config.moe.balance_weight,
         z_weight=config.moe.z_weight,
+        ema_decay=config.train.ema_decay,
     )
 
 

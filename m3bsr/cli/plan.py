@@ -142,6 +142,7 @@ def empty_job(config: Config) -> StepJob:
         loss_stride=config.loss.stride,
         balance_weight=config.moe.balance_weight,
         z_weight=config.moe.z_weight,
+        ema_decay=config.train.ema_decay,
     )
 
 

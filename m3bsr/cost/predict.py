@@ -80,6 +80,8 @@ class Prediction:
     embedded_bytes: int
     largest_bytes: int
     """The largest parameter that trains."""
+    averaged: bool = False
+    """Whether a moving average of what trains is kept beside it."""
 
     @property
     def gradient_bytes(self) -> int:
@@ -93,6 +95,11 @@ class Prediction:
     def state_bytes(self) -> int:
         """Optimizer state."""
         return OPTIMIZER_COPIES[self.optimizer] * self.gradient_bytes
+
+    @property
+    def average_bytes(self) -> int:
+        """A moving average of the parameters that train, if there is one."""
+        return self.gradient_bytes if self.averaged else 0
 
     @property
     def saved_bytes(self) -> int:
@@ -110,8 +117,8 @@ class Prediction:
 
     @property
     def lasting_bytes(self) -> int:
-        """Always there: parameters, buffers, optimizer state, inputs."""
-        return self.parameter_bytes + self.state_bytes + self.input_bytes
+        """Always there: parameters, buffers, optimizer state, moving average, inputs."""
+        return self.parameter_bytes + self.state_bytes + self.average_bytes + self.input_bytes
 
     @property
     def peak(self) -> tuple[int, str]:

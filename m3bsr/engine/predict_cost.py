@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def predict(job: StepJob, plan: Plan | None = None) -> Prediction:
         twin.backbone.forward_tasks = lambda *args, **options: output
         return job.loss(twin, inputs)
 
-    return predict_step(
+    prediction = predict_step(
         job.model,
         plan,
         len(images),
@@ -68,6 +69,7 @@ def predict(job: StepJob, plan: Plan | None = None) -> Prediction:
         num_tasks=len(job.tasks),
         levels=levels,
     )
+    return replace(prediction, averaged=job.ema_decay > 0)
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from m3bsr.cost import CostReport, measure_step, step_peak
+from m3bsr.engine.ema import Ema
 from m3bsr.engine.losses import loss_size, task_losses
 from m3bsr.engine.precision import autocast
 from m3bsr.tasks.base import Task
@@ -30,6 +31,7 @@ class StepJob:
     loss_stride: int = 1
     balance_weight: float = 0.0
     z_weight: float = 0.0
+    ema_decay: float = 0.0
 
     def inputs(self) -> dict[str, Tensor]:
         return {name: self.batch[name].to(self.device) for name in ("image", *self.tasks)}
@@ -43,7 +45,13 @@ class StepJob:
     def runner(self) -> Callable[[], None]:
         """A function that does one step, for timing several jobs in turns."""
         self.model.to(self.device).train()
-        inputs, trained = self.inputs(), [p for p in self.model.parameters() if p.requires_grad]
+        return self._step(self.inputs(), self._ema())
+
+    def _ema(self) -> Ema | None:
+        return Ema(self.model, self.ema_decay) if self.ema_decay else None
+
+    def _step(self, inputs: Mapping[str, Tensor], ema: Ema | None) -> Callable[[], None]:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
 
         def step() -> None:
             self.loss(self.model, inputs).backward()
@@ -51,6 +59,8 @@ class StepJob:
                 nn.utils.clip_grad_norm_(trained, self.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update()
 
         return step
 
@@ -58,7 +68,7 @@ class StepJob:
         """All costs of the step."""
         self.model.to(self.device).train()
         inputs: Any = self.inputs()
-        return measure_step(
+        report = measure_step(
             self.model,
             inputs,
             self.loss,
@@ -67,9 +77,12 @@ class StepJob:
             clip_norm=self.clip_norm,
             repeats=repeats,
         )
+        return replace(report, measured_peak_bytes=self.measured_peak()) if self.ema_decay else report
 
     def measured_peak(self) -> int:
         """The peak alone, in bytes: two steps instead of the many that :meth:`measure` takes."""
-        step = self.runner()
+        self.model.to(self.device).train()
+        inputs, ema = self.inputs(), self._ema()
+        step = self._step(inputs, ema)
         step()
-        return step_peak(step, self.model, self.optimizer, self.inputs())
+        return step_peak(step, self.model, self.optimizer, [inputs, ema.average if ema is not None else {}])

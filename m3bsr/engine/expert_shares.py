@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import get_total_norm
 
-from m3bsr.engine.distributed import is_main, meet, num_processes, patience, together
+from m3bsr.engine.distributed import is_main, num_processes, patience, together
 from m3bsr.engine.gradients import mean_gradients
 from m3bsr.moe.parallel import (
     EXPERT,
@@ -69,11 +69,6 @@ class ExpertShares:
         if self.mesh is None:
             return self.model, self.optimizer
         return _Taken(whole_state(self.model.state_dict())), _Taken(self.optimizer.state_dict())
-
-    def meet(self) -> None:
-        """Note that a forward pass begins, in which the processes wait for each other."""
-        if self.mesh is not None:
-            meet()
 
     def mean_gradients(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Every gradient becomes that of the mean loss of all processes; called by all."""

@@ -17,11 +17,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.futures import Future
 
 from m3bsr.bsr.storage import call
-from m3bsr.engine.distributed import is_joined, num_processes
+from m3bsr.engine.distributed import is_joined, meet, num_processes
 
 
 def shard(model: nn.Module) -> None:
@@ -65,6 +68,16 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+class _Writer(HuggingFaceStorageWriter):
+    """Notes when this process has written its part: those who wait for the others can then name who has not."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        finally:
+            meet()
+
+
 def write_shards(folder: Path, model: nn.Module, optimizer: Any = None) -> None:
     """Write this process's part of parameters, buffers and optimizer state; called by all processes.
 
@@ -73,7 +86,7 @@ def write_shards(folder: Path, model: nn.Module, optimizer: Any = None) -> None:
     """
     tensors = {**_tensors(model), **(_slots(model, optimizer) if optimizer is not None else {})}
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        dcp.save(tensors, storage_writer=_Writer(str(folder), save_distributed=True))
     except CheckpointException as error:
         raise OSError(f"could not write {folder}: {next(iter(error.failures.values()))[0]}") from None
 

@@ -146,12 +146,14 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
         compile_model(config, model, device)
         optimizer = build_optimizer(config, model)
         scheduler = build_scheduler(config, optimizer, train_set)  # type: ignore[arg-type]
-        batch_transform = build_batch_transform(config, tasks)
+        made = {
+            "batch_transform": build_batch_transform(config, tasks),
+            "prefix_cache": build_prefix_cache(config, train_set),  # type: ignore[arg-type]
+        }
         if is_main():
             run_dir.mkdir(parents=True, exist_ok=True)
             write_json(run_dir / "config.json", config.to_dict())
-    options = {"reporter": make_reporter(tasks, val_set), "batch_transform": batch_transform, **options}
-    options["prefix_cache"] = build_prefix_cache(config, train_set)  # type: ignore[arg-type]
+    options = {"reporter": make_reporter(tasks, val_set), **made, **options}
     result = train(
         model,
         tasks,

@@ -176,7 +176,8 @@ def train(
     steps: dict[str, Any] = {"start_step": at.step, "stop_step": total_steps, "accumulate": accumulate}
     steps |= {"batch_size": batch_size, "seed": seed, "batch_transform": batch_transform, "num_views": num_views}
     if prefix_cache is not None:
-        steps["prefixes"] = prefix_cache.open(model, device, precision)  # type: ignore[arg-type]
+        with distributed.together():
+            steps["prefixes"] = prefix_cache.open(model, device, precision)  # type: ignore[arg-type]
     batches = iter(train_loader(train_set, **steps, **loading))
     val_batches = eval_loader(val_set, batch_size=eval_batch_size, **loading)
 
@@ -231,7 +232,7 @@ def train(
                 images = batch["image"].to(device, non_blocking=True)
                 targets = {name: batch[name].to(device, non_blocking=True) for name in labelled(batch, tasks)}
                 # forward
-                shares.meet()
+                distributed.meet()  # experts and weights that are spread out are waited for in here
                 with autocast(device, precision):
                     kept = {} if prefix_cache is None else {"prefix": prefix_cache.prefix(images, batch)}
                     output = model(images, tasks=tuple(targets), size=loss_size(images, loss_stride), **kept)

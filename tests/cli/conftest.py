@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,3 +46,12 @@ def job(tmp_path, data_root):
     path = tmp_path / "job.py"
     path.write_text(CONFIG.format(root=str(data_root), run=str(run_dir)))
     return SimpleNamespace(config=str(path), run=run_dir)
+
+
+@pytest.fixture(scope="session")
+def many():
+    """The module many.py of the tests of the engine: several processes."""
+    spec = importlib.util.spec_from_file_location("many", Path(__file__).parents[1] / "engine" / "many.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -173,3 +173,27 @@ def test_other_views_need_another_run(classes, capsys):
     assert go(classes, "run", "--train.epochs", "1") == 0
     assert go(classes, "run", CACHE, "--run.resume") == 2
     assert "data.num_views = None, now it is 1" in capsys.readouterr().err
+
+
+def test_of_two_processes_one_says_that_there_is_nothing_to_keep(dense, many, tmp_path):
+    argv = ["--train.batch-size", "1", "--bsr.train-blocks", "all", "--bsr.drop-blocks"]
+    pids = many.start(2, lambda rank: go(dense, "full", CACHE, *argv), tmp_path)
+    assert many.wait(pids) == [2, 2]
+    said = "".join((tmp_path / f"output-{rank}.txt").read_text() for rank in range(2))
+    assert said.count("error: ") == 1 and "nothing to keep: the patch embedding trains" in said
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache_and_train_to_the_same_bits(dense, prefixes, many, tmp_path):
+    """Every view is computed once by the process that meets it first; in the third epoch both read."""
+
+    def one(run, *more):
+        return lambda rank: (go(dense, run, "--train.batch-size", "1", *more), list(prefixes))
+
+    assert many.run(2, one("plain"), tmp_path / "a", timeout_s=400) == [(0, []), (0, [])]
+    assert many.run(2, one("kept", CACHE), tmp_path / "b", timeout_s=400) == [(0, [1] * 4), (0, [1] * 4)]
+    assert "8 of 8 views" not in (tmp_path / "b/output-0.txt").read_text()
+    assert_same(dense, "plain", "kept")
+    assert losses(dense, "plain") == losses(dense, "kept") and len(losses(dense, "kept")) == 6
+    files = list((dense.runs / "kept" / "prefix_cache").rglob("*"))
+    assert len([path for path in files if path.suffix == ".safetensors"]) == 8 and len(files) == 9

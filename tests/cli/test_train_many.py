@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,14 +16,6 @@ from m3bsr.engine import read_log
 
 TOOLS = Path(__file__).parents[2] / "tools"
 QUIET = ["--model.drop-path", "0", "--moe.noise-std", "0", "--optim.name", "sgd", "--train.log-every", "1"]
-
-
-@pytest.fixture(scope="module")
-def many():
-    spec = importlib.util.spec_from_file_location("many", Path(__file__).parents[1] / "engine" / "many.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_two_processes_train_what_one_does_and_the_first_alone_writes(job, many, capsys, tmp_path):

@@ -31,6 +31,7 @@ from m3bsr.data.transforms import Pipeline
 from m3bsr.engine.damaged import ReplaceDamaged
 from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.optim import make_optimizer
+from m3bsr.engine.losses import SmallTargets
 from m3bsr.engine.prefix_cache import PrefixCache
 from m3bsr.engine.schedule import make_schedule
 from m3bsr.heads import HEADS, ClassifierHead, CrossTaskRefinement, DenseHead, set_output_bias, spread_levels
@@ -317,18 +318,17 @@ def transform_of(config: Config, *, train: bool) -> Pipeline:
     return build_transform(recipe, config.data.image_size, train=train, recipes=recipes, **normalisation)
 
 
-def build_batch_transform(config: Config, tasks: Mapping[str, Task]) -> MixImages | None:
-    """Mixup and CutMix, if asked for.
+def build_batch_transform(config: Config, tasks: Mapping[str, Task]) -> MixImages | SmallTargets | None:
+    """Mixup and CutMix, if asked for; of dense tasks with ``loss.stride`` targets of the size of the losses.
 
     Raises:
         ValueError: for dense tasks, whose pixels cannot be mixed so.
     """
-    data = config.data
+    data, dense = config.data, {name: task for name, task in tasks.items() if task.dense}
     if not data.mixup and not data.cutmix:
-        return None
-    dense = [name for name, task in tasks.items() if task.dense]
+        return SmallTargets(dense, config.loss.stride) if dense and config.loss.stride > 1 else None
     if dense:
-        raise ValueError(f"data.mixup and data.cutmix mix classes of whole images, not those of {dense[0]}")
+        raise ValueError(f"data.mixup and data.cutmix mix classes of whole images, not those of {next(iter(dense))}")
     return MixImages({name: task.num_channels for name, task in tasks.items()}, data.mixup, data.cutmix)
 
 

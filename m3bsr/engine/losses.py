@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ from m3bsr.tasks.base import Task
 def loss_size(images: Tensor, stride: int) -> tuple[int, int]:
     """Height and width of the predictions that the losses see: those of the images over ``stride``, rounded up."""
     return -(-images.shape[-2] // stride), -(-images.shape[-1] // stride)
+
+
+@dataclass(frozen=True)
+class SmallTargets:
+    """Samples the targets of a batch as the losses will (:func:`task_losses`), in the process that loads it.
+
+    The losses are the same to the bit, but full-size labels no longer travel to the training process, which would have
+    to give their memory back: at 480x640 with four tasks 65 MB of the 94 MB of eight samples.
+    """
+
+    tasks: Mapping[str, Task]
+    stride: int
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        size = loss_size(batch["image"], self.stride)
+        small = {name: task.resize_target(batch[name], size) for name, task in self.tasks.items() if name in batch}
+        return {**batch, **small}
 
 
 def task_losses(

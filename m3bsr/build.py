@@ -30,8 +30,8 @@ from m3bsr.data.several import SeveralSets
 from m3bsr.data.transforms import Pipeline
 from m3bsr.engine.damaged import ReplaceDamaged
 from m3bsr.engine.loader import steps_in_run
-from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.losses import SmallTargets
+from m3bsr.engine.optim import make_optimizer
 from m3bsr.engine.prefix_cache import PrefixCache
 from m3bsr.engine.schedule import make_schedule
 from m3bsr.heads import HEADS, ClassifierHead, CrossTaskRefinement, DenseHead, set_output_bias, spread_levels

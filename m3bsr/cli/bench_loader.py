@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = profile(train_set, num_samples)
     print(profile_table(parts))
     step = pause(pause_ms) if pause_ms else real_step(config)
-    wait_ms, step_ms = time_steps(train_set, config, num_steps, step)
-    print(verdict(parts, config, wait_ms, step_ms))
+    print(verdict(parts, config, *time_steps(train_set, config, num_steps, step)))
     return 0
 
 
@@ -121,10 +120,10 @@ def real_step(config: Config) -> Callable[[], None]:
     return step
 
 
-def time_steps(dataset: Any, config: Config, num_steps: int, step: Callable[[], None]) -> tuple[float, float]:
-    """Mean milliseconds of waiting and of stepping in ``num_steps`` steps; two before, while workers start, are left
-    out."""
-    t, waits, steps = config.train, [], []
+def time_steps(dataset: Any, config: Config, num_steps: int, step: Callable[[], None]) -> tuple[float, float, float]:
+    """Mean milliseconds of waiting and of stepping in ``num_steps`` steps, and of the processor time that waiting took
+    in this process; two steps before, while workers start, are left out."""
+    t, waits, steps, busy = config.train, [], [], []
     loader = train_loader(
         dataset,
         batch_size=t.batch_size,
@@ -137,17 +136,19 @@ def time_steps(dataset: Any, config: Config, num_steps: int, step: Callable[[], 
     )
     batches = iter(loader)
     for _ in range(num_steps + 2):
-        began = time.perf_counter()
+        began, busy_before = time.perf_counter(), time.process_time()
         for _ in range(t.accumulate):
             next(batches)
         loaded = time.perf_counter()
+        busy.append(time.process_time() - busy_before)
         step()
         waits.append(loaded - began)
         steps.append(time.perf_counter() - loaded)
-    return 1e3 * statistics.mean(waits[2:]), 1e3 * statistics.mean(steps[2:])
+    wait_ms, step_ms, busy_ms = (1e3 * statistics.mean(times[2:]) for times in (waits, steps, busy))
+    return wait_ms, step_ms, busy_ms
 
 
-def verdict(parts: Mapping[str, float], config: Config, wait_ms: float, step_ms: float) -> str:
+def verdict(parts: Mapping[str, float], config: Config, wait_ms: float, step_ms: float, busy_ms: float = 0.0) -> str:
     """How long the loader was waited for, what it can deliver, and what stands in the way of more."""
     cores = os.cpu_count() or 1
     at_once = max(1, min(config.data.num_workers, cores))
@@ -166,6 +167,8 @@ def verdict(parts: Mapping[str, float], config: Config, wait_ms: float, step_ms:
             why = "samples are loaded in the training process: set data.num_workers"
         elif shortest_ms > step_ms:
             why = f"processor time of the workers, of which {slowest!r} takes most: more cores, or smaller files"
+        elif busy_ms > wait_ms / 2:
+            why = "the training process, which takes batches over and frees them: smaller labels (loss.stride)"
         else:
             why = "not the workers' own work: other work on the cores, or a disk that is slow to read"
         lines.append(f"what limits it: {why}")

@@ -28,17 +28,18 @@ def test_real_steps(job, capsys):
 
 
 @pytest.mark.parametrize(
-    ("workers", "wait_ms", "step_ms", "limit"),
+    ("workers", "wait_ms", "busy_ms", "step_ms", "limit"),
     [
-        (2, 5.0, 1000.0, None),  # 16 samples of 100 ms on two cores: 800 ms
-        (2, 500.0, 300.0, "processor time of the workers, of which 'read normals' takes most"),
-        (2, 500.0, 1000.0, "other work on the cores, or a disk"),
-        (0, 1600.0, 1000.0, "loaded in the training process"),
+        (2, 5.0, 5.0, 1000.0, None),  # 16 samples of 100 ms on two cores: 800 ms
+        (2, 500.0, 20.0, 300.0, "processor time of the workers, of which 'read normals' takes most"),
+        (2, 500.0, 20.0, 1000.0, "other work on the cores, or a disk"),
+        (2, 37.0, 35.0, 1000.0, "the training process, which takes batches over"),
+        (0, 1600.0, 1600.0, 1000.0, "loaded in the training process"),
     ],
 )
-def test_verdict(monkeypatch, workers, wait_ms, step_ms, limit):
+def test_verdict(monkeypatch, workers, wait_ms, busy_ms, step_ms, limit):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     config = replace(Config(), {"data.num_workers": workers, "train.batch_size": 8, "train.accumulate": 2})
-    text = verdict(PARTS, config, wait_ms, step_ms)
+    text = verdict(PARTS, config, wait_ms, step_ms, busy_ms)
     assert f"steps (16 samples) of {1600 if workers == 0 else 800} ms and more" in text
     assert ("what limits it" in text) == (limit is not None) and (limit is None or limit in text)

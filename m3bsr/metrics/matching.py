@@ -42,19 +42,35 @@ def max_matching_sizes(rows: np.ndarray, columns: np.ndarray, blocks: np.ndarray
     if len(rows) == 0:
         return sizes
     num_rows, num_columns = int(rows[-1]) + 1, int(columns.max()) + 1
-    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
+    graph = _Graph(rows, columns, np.bincount(rows, minlength=num_rows))
     block_of_row = np.zeros(num_rows, dtype=np.int64)
     block_of_row[rows] = blocks
     row_mate, column_mate = _greedy(rows, columns, num_rows, num_columns)
-    has_edges = starts[1:] > starts[:-1]
-    free = np.flatnonzero((row_mate < 0) & has_edges)
+    parent = np.full(num_columns, -1)
+    free = np.flatnonzero((row_mate < 0) & (graph.degree > 0))
     while len(free):
-        ends, parent = _search(free, starts, columns, column_mate, num_rows)
+        ends, seen = _search(free, graph, column_mate, parent)
         gained = np.zeros(num_blocks, dtype=bool)
         gained[block_of_row[parent[ends]]] = True
         _flip(ends, parent, row_mate, column_mate)
+        parent[seen] = -1
         free = free[(row_mate[free] < 0) & gained[block_of_row[free]]]
     return np.bincount(block_of_row[row_mate >= 0], minlength=num_blocks)
+
+
+class _Graph:
+    """Edges sorted by row, and where those of each row are."""
+
+    def __init__(self, rows: np.ndarray, columns: np.ndarray, degree: np.ndarray) -> None:
+        self.rows, self.columns, self.degree = rows, columns, degree
+        self.starts = np.cumsum(degree) - degree
+
+    def edges_of(self, frontier: np.ndarray) -> np.ndarray:
+        """Numbers of all edges that leave the ``frontier`` rows."""
+        degree = self.degree.take(frontier)
+        edges = np.repeat(self.starts.take(frontier) - np.cumsum(degree) + degree, degree)
+        edges += np.arange(len(edges))
+        return edges
 
 
 def _greedy(rows: np.ndarray, columns: np.ndarray, num_rows: int, num_columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,39 +89,35 @@ def _greedy(rows: np.ndarray, columns: np.ndarray, num_rows: int, num_columns: i
 
 
 def _search(
-    roots: np.ndarray, starts: np.ndarray, columns: np.ndarray, column_mate: np.ndarray, num_rows: int
+    roots: np.ndarray, graph: _Graph, column_mate: np.ndarray, parent: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Alternating trees from free rows: the free columns reached, at most one a tree, and the parent row of columns."""
-    parent = np.full(len(column_mate), -1)
-    root_of = np.full(num_rows, -1)
+    """Alternating trees from free rows: the free columns reached, at most one a tree, and all columns seen.
+
+    ``parent [columns]``, -1 everywhere, gets the row that each column was reached from. ``take`` and numbers instead of
+    masks save a fifth of the time.
+    """
+    root_of = np.full(len(graph.degree), -1)
     root_of[roots] = roots
-    done = np.zeros(num_rows, dtype=bool)
-    ends = []
+    done = np.zeros(len(graph.degree), dtype=bool)
+    ends, seen = [roots[:0]], [roots[:0]]
     frontier = roots
     while len(frontier):
-        source, near = _edges_of(frontier, starts, columns)
-        new = parent[near] < 0
-        source, near = source[new], near[new]
+        edges = graph.edges_of(frontier)
+        edges = edges.take(np.flatnonzero(parent.take(graph.columns.take(edges)) < 0))
+        source, near = graph.rows.take(edges), graph.columns.take(edges)
         parent[near] = source  # of several claims one stays
-        new = parent[near] == source
-        source, near = source[new], near[new]
-        mate = column_mate[near]
-        end, root = near[mate < 0], root_of[source[mate < 0]]
-        root, first = np.unique(root, return_index=True)
-        ends.append(end[first])
-        done[root] = True
-        inner = mate >= 0
-        frontier = mate[inner]
-        root_of[frontier] = root_of[source[inner]]
-        frontier = frontier[~done[root_of[frontier]]]
-    return np.concatenate(ends), parent
-
-
-def _edges_of(frontier: np.ndarray, starts: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All edges that leave the ``frontier`` rows, as (row, column)."""
-    degree = starts[frontier + 1] - starts[frontier]
-    shift = np.repeat(starts[frontier] - np.cumsum(degree) + degree, degree)
-    return np.repeat(frontier, degree), columns[shift + np.arange(len(shift))]
+        won = np.flatnonzero(parent.take(near) == source)
+        source, near = source.take(won), near.take(won)
+        seen.append(near)
+        mate, root = column_mate.take(near), root_of.take(source)
+        free = np.flatnonzero(mate < 0)
+        reached, first = np.unique(root.take(free), return_index=True)
+        ends.append(near.take(free.take(first)))
+        done[reached] = True
+        onward = np.flatnonzero((mate >= 0) & ~done.take(root))
+        frontier = mate.take(onward)
+        root_of[frontier] = root.take(onward)
+    return np.concatenate(ends), np.concatenate(seen)
 
 
 def _flip(ends: np.ndarray, parent: np.ndarray, row_mate: np.ndarray, column_mate: np.ndarray) -> None:
@@ -124,13 +136,17 @@ def min_cost_matching(
 
     Of n rows and m columns with edges, each row may take one of its columns or a place of its own at the price of two
     outliers: a row that stays free leaves a column free too, so the sum differs from that of the benchmark by a
-    constant only.
+    constant only. The smaller side takes the part of the rows: fewer of them stay free, and one that does is searched
+    for through all that it can reach.
     """
     if len(rows) == 0:
         return rows, columns
     row_ids, r = np.unique(rows, return_inverse=True)
     column_ids, c = np.unique(columns, return_inverse=True)
     n, m = len(row_ids), len(column_ids)
+    if n > m:
+        matched_columns, matched_rows = min_cost_matching(columns, rows, distances, max_dist)
+        return matched_rows, matched_columns
     apart = np.full(n, 2 * OUTLIER_COST * max(max_dist, 1e-6))
     # A weight of zero would be no edge; one more on each of the n edges of a full matching changes nothing.
     weights = np.concatenate([distances, apart]) + 1

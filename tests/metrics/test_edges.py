@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.morphology import thin
 
+from m3bsr.metrics import thinning
 from m3bsr.metrics.edges import EdgeScores, average_precision, best_f, edge_counts, f_measure, precision_recall
 from m3bsr.metrics.matching import disc_offsets, max_matching_sizes, min_cost_matching
 from m3bsr.metrics.thinning import pack_thresholds, thin_words
@@ -38,6 +39,20 @@ def test_thinning_equals_scikit_image_at_every_threshold(seed):
     for k, threshold in enumerate(THRESHOLDS):
         mine = (words[k // 64] >> np.uint64(k % 64)) & np.uint64(1)
         assert np.array_equal(mine.astype(bool), thin(probability >= threshold)), threshold
+
+
+@pytest.mark.parametrize("few", [0, thinning.FEW, 2])
+def test_thinning_of_any_pattern_whether_all_words_are_looked_at_or_only_those_listed(few, monkeypatch):
+    """Speckle, blobs and large areas; ``few`` moves the point where the one way gives over to the other."""
+    monkeypatch.setattr(thinning, "FEW", few)
+    rng = np.random.default_rng(0)
+    for shape, block in (((23, 31), 1), ((33, 20), 5), ((1, 9), 1), ((8, 2), 1), ((40, 40), 13)):
+        share = np.linspace(0.1, 0.95, 12)[:, None, None]
+        coarse = rng.random((12, *(-(-side // block) for side in shape))) < share
+        planes = np.kron(coarse, np.ones((1, block, block), bool))[:, : shape[0], : shape[1]]
+        words = (planes.astype(np.uint64) << np.arange(12, dtype=np.uint64)[:, None, None]).sum(0, dtype=np.uint64)
+        found = thin_words(words) >> np.arange(12, dtype=np.uint64)[:, None, None] & np.uint64(1)
+        assert np.array_equal(found.astype(bool), np.stack([thin(plane) for plane in planes])), shape
 
 
 def test_nan_is_below_every_threshold():

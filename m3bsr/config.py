@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from m3bsr.plan import MERGED as MERGED
 from m3bsr.plan import Plan
-from m3bsr.utils.checks import check_fields, did_you_mean, tuples
+from m3bsr.utils.checks import check_fields, did_you_mean, printable, tuples
 
 
 def _positive(owner: object, section: str, *names: str) -> None:
@@ -382,7 +382,9 @@ class Config:
 def _known(name: str, known: Iterable[str], kind: str) -> None:
     known = list(known)
     if name not in known:
-        raise ValueError(f"unknown {kind}{'' if kind.endswith('.') else ' '}{name}{did_you_mean(name, known)}")
+        raise ValueError(
+            f"unknown {kind}{'' if kind.endswith('.') else ' '}{printable(name)}{did_you_mean(name, known)}"
+        )
 
 
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -3,7 +3,8 @@
 For ViT-B and DeiT-S at 224, batch 8, fp32, SGD: stored activation bytes a sample (MB = 2^20), GMACs of a training step
 a sample, and step times taken in turns; full fine-tuning is timm's model as it is. "prefix kept" reads what the frozen
 blocks before the first trained one gave from files, as ``bsr.cache_prefix`` does from the second epoch on; the reading
-is part of its time.
+is part of its time. "compiled" runs the blocks as ``train.compile`` does, after a step that compiles them; only on
+request (``--rows``), since it needs a C++ compiler and minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3bsr.bsr import Plan, Prefix, ReprogrammedMixin, frozen_prefix, reprogram, state_tensors, with_tensors
+from m3bsr.bsr.compiled import compile_blocks
 from m3bsr.cli.common import one_line_errors
 from m3bsr.cost import SavedBytes, count_macs, paired_ratio, time_interleaved
 from m3bsr.engine.prefix_cache import PrefixFiles
@@ -34,6 +36,8 @@ TRAIN, DROP, NUM_CLASSES, MB = (3, 7, 11), (3, 6, 9), 10, 2**20
 KEEP_RATES = {"full": None, "bsr": 1.0, "bsr .7": 0.7, "bsr .5": 0.5}
 # Rows that read the prefix from files, and the row whose plan they have.
 KEPT = {"bsr, prefix kept": "bsr", "bsr .5, prefix kept": "bsr .5"}
+# Rows whose blocks torch.compile compiles, and the row whose plan they have.
+COMPILED = {"bsr, compiled": "bsr", "bsr .5, compiled": "bsr .5"}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -44,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; every round runs every row once")
-    parser.add_argument("--rows", nargs="+", choices=[*rows(), *KEPT], help="only these; shares are of the first")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*rows(), *KEPT, *COMPILED], help="only these; shares are of the first"
+    )
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.batch_size < 1 or args.rounds < 1:
@@ -79,20 +85,26 @@ def bench(name: str, batch_size: int, rounds: int, only: Sequence[str] | None = 
     stored, gmacs = {}, {}
     plans = rows()
     plans |= {row: plans[of] for row, of in KEPT.items()}
+    shown = only or list(plans)
+    plans |= {row: plans[of] for row, of in COMPILED.items()}
     with tempfile.TemporaryDirectory() as folder:
-        for row in only or plans:
+        for row in shown:
             torch.manual_seed(0)
             model: Any = timm.create_model(name, num_classes=NUM_CLASSES).train()
             chosen, forward = plans[row], model
             if chosen is not None:
                 forward = model = reprogram(model, chosen)
+            if row in COMPILED:
+                compile_blocks(model)
             if row in KEPT:
                 forward = _behind_files(model, images, Path(folder))
             steps[row] = step = _step(model, forward, images, labels)
             with SavedBytes(model, (images, labels)) as saved:
                 kept = F.cross_entropy(forward(images), labels)
             del kept
-            stored[row], gmacs[row] = saved.bytes / batch_size / MB, count_macs(step, model).total / batch_size / 1e9
+            with torch.compiler.set_stance("force_eager"):  # operators inside compiled code are not seen
+                gmacs[row] = count_macs(step, model).total / batch_size / 1e9
+            stored[row] = saved.bytes / batch_size / MB
         times = time_interleaved(steps, repeats=rounds, warmup=1, clock=CLOCKS[clock])
     base = next(iter(times))
     lines = [f"{'':<24}{'stored, MB':>12}{'step, GMACs':>13}{'step, ms':>12}{f'of {base}':>12}{f'work of {base}':>18}"]

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m3bsr.plan import Plan
+from m3bsr.utils.checks import printable
 from m3bsr.utils.foreign import one_line
 
 FORMAT = "1"
@@ -171,8 +172,8 @@ def read(path: Path, with_tensors: bool = True) -> tuple[DeltaInfo, dict[str, Te
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its metadata cannot be read ({one_line(error)})") from None
     wrong = sorted(names ^ set(info.tensors)) + [
-        n for n, t in tensors.items() if Fingerprint.of(n, t) != info.tensors[n]
+        n for n, t in tensors.items() if Fingerprint.of(n, t) != info.tensors.get(n)
     ]
     if wrong:
-        raise ValueError(f"{path} is damaged: {wrong[0]} does not have its checksum")
+        raise ValueError(f"{path} is damaged: {printable(wrong[0])} does not have its checksum")
     return info, tensors

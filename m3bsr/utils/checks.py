@@ -97,3 +97,8 @@ def _literals(hint: Any) -> list[Any]:
 def _hints(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def printable(name: str) -> str:
+    """A name from elsewhere for a message of one line: as it is, or with escapes for line breaks and the like."""
+    return name if name.isprintable() else repr(name)

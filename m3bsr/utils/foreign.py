@@ -70,9 +70,9 @@ def check_zip(path: Path) -> None:
     Raises:
         ValueError: a bomb, or a damaged directory.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
     except Exception as error:  # a damaged directory fails in many ways

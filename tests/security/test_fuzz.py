@@ -307,3 +307,23 @@ def test_a_few_inputs(tmp_path, name):
 @pytest.mark.parametrize("name", FUZZ)
 def test_many_inputs(tmp_path, name):
     try_out(name, tmp_path, MANY, same_each_time=False)
+
+
+def test_what_earlier_runs_found(tmp_path):
+    """A field named by a line break, a zip file that spans two disks, a delta that names another tensor."""
+    only_user_errors(Config.from_dict, {"bsr": {"\n": None}})
+    only_user_errors(Config.from_dict, {"b\nr": {}})
+    path = tmp_path / "a.pth"
+    packed = bytearray(weight_files(tmp_path)["a.pth"])
+    disks = packed.rfind(b"PK\x06\x07") + 16
+    assert disks > 16
+    packed[disks] = 2
+    path.write_bytes(packed)
+    only_user_errors(read_weights, path)
+    path = tmp_path / "delta.safetensors"
+    save_delta(reprogram(base(), Plan(train_blocks=(1,))), path, base_name="tiny")
+    whole = path.read_bytes()
+    for name in (b" locks", b"\\\\ncks"):  # as long, so that the header keeps its length
+        path.write_bytes(whole.replace(b'{\\"blocks', b'{\\"' + name, 1))
+        assert path.read_bytes() != whole
+        only_user_errors(load_delta, base(), path)

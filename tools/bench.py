@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """BSR beside full fine-tuning, counted and timed in one run: tools/bench.py [--models ...]."""
 
 from __future__ import annotations

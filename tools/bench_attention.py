@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Attention written out beside the fused kernel: tools/bench_attention.py [--tokens ...]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What each head costs and its share of a training step: tools/bench_heads.py [--heads ...]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Whether loading keeps up with training, and what limits it: tools/bench_loader.py CONFIG [--step-ms MS]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What keeping freed memory is worth on a CPU: tools/bench_malloc.py [--tokens N]."""
 
 from __future__ import annotations

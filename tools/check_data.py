@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Find faulty files of a data set before training: tools/check_data.py ROOT [--dataset NAME] [--tasks TASK ...]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Ways of fine-tuning under one budget, side by side: tools/compare.py CONFIG --methods full,head,lora,bsr."""
 
 from __future__ import annotations

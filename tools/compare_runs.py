@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Finished runs side by side, their steps timed in turns: tools/compare_runs.py RUN RUN ..."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Predicted beside measured peaks of training steps: tools/cost_grid.py [--quick] [--plot FILE.png]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The whole story on generated rooms, from nothing to a page to look at: tools/demo.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Evaluate a trained run: tools/evaluate.py RUN [--protocol network|original|resized:HxW] [--tasks TASK ...]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """One task of a trained run as a model of its own: tools/extract_task.py RUN --task TASK [--threshold SHARE]."""
 
 from __future__ import annotations

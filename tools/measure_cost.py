@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Cost of a training step: tools/measure_cost.py CONFIG [--json] [--section.field value ...]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Plans that fit a budget: tools/plan.py CONFIG --memory 1.5GB --step-ratio 0.4 [--verify]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Predict on photographs: tools/predict.py RUN IMAGES... [--out DIR]; --help lists the options."""
 
 from __future__ import annotations

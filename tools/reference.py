@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Published counts of operations beside ours: tools/reference.py [--models ...]."""
 
 from __future__ import annotations

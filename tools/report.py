@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write the report of a run again: tools/report.py RUN; --help lists the options."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """One run in 1, 2 and 4 processes, equal or not, and how fast: tools/scale.py [--processes 1 2 4]."""
 
 from __future__ import annotations

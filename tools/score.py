@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Score saved predictions of any model: tools/score.py DIR --data.root ROOT [--protocol original|resized:HxW]."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Boundary scores of saved pictures: tools/score_edges.py PREDICTIONS TRUTH [--max-dist .0075]; --bench: its speed."""
 
 from __future__ import annotations

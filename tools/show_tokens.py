@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Draw the tokens that a model keeps, fuses and loses: tools/show_tokens.py IMAGES... [--run RUN]; see --help."""
 
 from __future__ import annotations

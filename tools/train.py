@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train a model: tools/train.py CONFIG [--section.field value ...]; --help lists every field."""
 
 from __future__ import annotations

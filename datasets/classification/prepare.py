@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Download a classification benchmark through torchvision, which checks the archives' MD5 sums.
 
 python datasets/classification/prepare.py cifar10 pets --root datasets/classification/data

@@ -11,7 +11,6 @@ Where to get the files, and what is computed from them, stands in README.md besi
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -32,11 +31,11 @@ if str(Path(__file__).resolve().parent) not in sys.path:  # when a test loads th
 
 from nyud_convert import Frame, Source, convert, open_mat
 
+from m3bsr.cli.prepare import MANIFEST, file_hash, is_done, put_in_place
 from m3bsr.data.files import dataset_path
 from m3bsr.data.nyud import NYUD
 
 VERSION = 1  # raise it when the same input begins to give other files
-MANIFEST = "manifest.json"
 FOLDERS = ("images", "segmentation", "depth", "normals", "edge", "gt_sets")
 MAX_VALUES = 2_000_000_000  # labels40 of all 1,449 frames has 445 million
 KNOWN_MD5 = "520609c519fba3ba5ac58c8fefcc3530"  # of nyu_depth_v2_labeled.mat, 2,972,037,809 bytes
@@ -115,7 +114,7 @@ def prepare(
         "depth": depth,
     }
     manifest = {"made_by": "prepare.py", "version": VERSION, "arguments": arguments}
-    if _is_done(out, manifest, force):
+    if is_done(out, manifest, force):
         return 0
     manifest["mat_checksum"] = check(mat, checksum, quiet)
     num_frames, size = check_mat(mat, needs_raw=depth == "raw")
@@ -137,7 +136,7 @@ def prepare(
         for _ in tqdm(done, total=len(frames), unit="frame", desc="converting", disable=quiet):
             pass
         _finish(temporary, indices, manifest)
-        _put_in_place(temporary, out)
+        put_in_place(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -156,21 +155,6 @@ def _convert_all(root: str, source: Source, frames: list[Frame], workers: int) -
         yield from pool.map(work, frames, chunksize=4)
 
 
-def _put_in_place(temporary: Path, out: Path) -> None:
-    """Rename; what lies there goes only when the new set is in its place."""
-    old = temporary.with_name(f"{temporary.stem}.old.tmp")
-    if out.exists():
-        out.rename(old)
-    try:
-        temporary.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
-    if old.exists():
-        shutil.rmtree(old)
-
-
 def _finish(root: Path, indices: dict[str, list[int]], manifest: dict[str, Any]) -> None:
     for split, part in indices.items():
         names = [Frame(i).name for i in part]
@@ -178,38 +162,6 @@ def _finish(root: Path, indices: dict[str, list[int]], manifest: dict[str, Any])
         NYUD(root.absolute(), split, NYUD.known_tasks)[0]  # what was written can be read
     (root / "class_names.txt").write_text("".join(f"{name}\n" for name in NYUD.class_names["semseg"]))
     (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def _is_done(out: Path, manifest: dict[str, Any], force: bool) -> bool:
-    """True if ``out`` holds exactly this set; an error if it holds something that may not be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        there = json.loads((out / MANIFEST).read_text())
-        ours = there["made_by"] == manifest["made_by"]
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise ValueError(f"--out {out} is not empty and was not made by prepare.py: choose another folder")
-    same = all(there.get(key) == manifest[key] for key in ("version", "arguments"))
-    if not same and not force:
-        raise ValueError(f"--out {out} was made from other files or settings: add --force to replace it")
-    return same and not force
-
-
-def file_hash(path: Path, algorithm: str, quiet: bool) -> str:
-    """Hash of a file in hex."""
-    digest = hashlib.new(algorithm)
-    with (
-        open(path, "rb") as file,
-        tqdm(
-            total=path.stat().st_size, unit="B", unit_scale=True, desc=f"{algorithm} of {path.name}", disable=quiet
-        ) as bar,
-    ):
-        while block := file.read(1 << 22):
-            digest.update(block)
-            bar.update(len(block))
-    return digest.hexdigest()
 
 
 def check(mat: Path, checksum: str, quiet: bool) -> str:

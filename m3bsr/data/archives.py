@@ -9,12 +9,15 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from tqdm import tqdm
 
 from m3bsr.utils.foreign import check_growth, one_line
 
 
-def unpack(archive: str | Path, folder: str | Path) -> None:
-    """Unpack a tar file (compressed or not) or zip file into ``folder``.
+def unpack(archive: str | Path, folder: str | Path, progress: bool = False) -> None:
+    """Unpack a tar file (compressed or not) or zip file into ``folder``; ``progress`` shows a bar.
 
     Raises:
         FileNotFoundError: no such file.
@@ -28,17 +31,21 @@ def unpack(archive: str | Path, folder: str | Path) -> None:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as packed:
                 _check(_zip_members(packed), archive, folder)
-                packed.extractall(folder)
+                packed.extractall(folder, members=_shown(packed.infolist(), progress))
         else:
             with tarfile.open(archive) as packed_tar:
                 _check(_tar_members(packed_tar), archive, folder)
-                packed_tar.extractall(folder, filter="data")
+                packed_tar.extractall(folder, members=_shown(packed_tar.getmembers(), progress), filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, OSError) as error:
         raise ValueError(f"cannot unpack {archive}: {one_line(error)}") from None
     except Exception as error:  # zlib.error, lzma.LZMAError, struct.error ...
         if isinstance(error, ValueError) and str(error).startswith(str(archive)):
             raise
         raise ValueError(f"cannot unpack {archive}: {one_line(error)}") from None
+
+
+def _shown(members: list[Any], progress: bool) -> Any:
+    return tqdm(members, desc="unpack", unit="file", leave=False, disable=not progress)
 
 
 Member = tuple[str, int, bool]

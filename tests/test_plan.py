@@ -94,8 +94,11 @@ def test_depth_is_checked_against_the_model(fields, message):
     assert message in str(caught.value)
 
 
-def test_depth_of_a_fitting_plan_passes():
-    Plan(train_blocks=(0, 11), drop_blocks=(0, 10), restore_before=11).validate_depth(12)
+def test_a_plan_fits_a_model_just_deep_enough_and_none_that_lacks_a_block():
+    plan = Plan(train_blocks=(0, 11), drop_blocks=(0, 10), restore_before=11)
+    plan.validate_depth(12)
+    with pytest.raises(ValueError, match=r"bsr.train_blocks \[11\] out of range"):
+        plan.validate_depth(11)
 
 
 def test_unknown_field_of_a_dict_names_the_nearest():

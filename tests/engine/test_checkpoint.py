@@ -38,7 +38,12 @@ def test_tied_weights_can_be_saved(tmp_path):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     save(tmp_path / "last", model=model)
-    load_weights(model, tmp_path / "last")
+    other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    other[1].weight = other[0].weight
+    load_weights(other, tmp_path / "last")
+    assert other[1].weight is other[0].weight
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "manifest.json"])

@@ -273,7 +273,8 @@ def fuzz_checkpoints(data: Any, folder: Path) -> None:
 FUZZ = {name.removeprefix("fuzz_"): value for name, value in list(globals().items()) if name.startswith("fuzz_")}
 
 
-def try_out(name: str, folder: Path, number: int, same_each_time: bool) -> None:
+def try_out(name: str, folder: Path, number: int, same_each_time: bool) -> int:
+    """Give so many inputs to a function of ``FUZZ``; how many came to an end (hypothesis may give fewer)."""
     health = [
         HealthCheck.too_slow,
         HealthCheck.data_too_large,
@@ -281,24 +282,28 @@ def try_out(name: str, folder: Path, number: int, same_each_time: bool) -> None:
         HealthCheck.large_base_example,
     ]
     random_state = torch.get_rng_state()  # resuming sets it
+    num_tried = 0
 
     @settings(
         max_examples=number, deadline=None, database=None, derandomize=same_each_time, suppress_health_check=health
     )
     @given(st.data())
     def run(data: Any) -> None:
+        nonlocal num_tried
         FUZZ[name](data, folder)
+        num_tried += 1
 
     try:
         run()
     finally:
         torch.set_rng_state(random_state)
+    return num_tried
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FUZZ)
 def test_a_few_inputs(tmp_path, name):
-    try_out(name, tmp_path, QUICK, same_each_time=True)
+    assert try_out(name, tmp_path, QUICK, same_each_time=True) >= QUICK / 2
 
 
 @pytest.mark.slow
@@ -306,7 +311,7 @@ def test_a_few_inputs(tmp_path, name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FUZZ)
 def test_many_inputs(tmp_path, name):
-    try_out(name, tmp_path, MANY, same_each_time=False)
+    assert try_out(name, tmp_path, MANY, same_each_time=False) > QUICK
 
 
 def test_what_earlier_runs_found(tmp_path):

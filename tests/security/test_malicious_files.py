@@ -91,20 +91,20 @@ def test_weights_that_are_a_bomb(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in content.items():
             archive.writestr(name, data if "data/" not in name else bytes(1 << 25))
-    refused(read_weights, path, match="would grow from .* bytes")
+    assert str(path) in refused(read_weights, path, match="would grow from .* bytes")
 
 
 def test_a_view_that_claims_more_than_the_file_holds(tmp_path):
     path = tmp_path / "w.pth"
     torch.save({"pos_embed": torch.zeros(1).expand(1, 10**6, 10**6)}, path)
-    refused(read_weights, path, match="tensor pos_embed .* more than what the file holds")
+    assert str(path) in refused(read_weights, path, match="tensor pos_embed .* more than what the file holds")
 
 
 @pytest.mark.parametrize("kind", ["meta", "sparse"])
 def test_tensors_without_plain_memory(tmp_path, kind):
     tensor = torch.zeros(10**6, 10**6, device="meta") if kind == "meta" else torch.zeros(3, 3).to_sparse()
     torch.save({"a": tensor}, tmp_path / "w.pth")
-    refused(read_weights, tmp_path / "w.pth")
+    assert "w.pth" in refused(read_weights, tmp_path / "w.pth")
 
 
 def vit():

@@ -1,5 +1,4 @@
 #!/usr/bin/env python3
-#!/usr/bin/env python3
 """Bring the official files of NYU Depth v2 into the layout of NYUD_MT.
 
     python datasets/nyud/prepare.py --mat nyu_depth_v2_labeled.mat --splits splits.mat \\

@@ -1,5 +1,4 @@
 #!/usr/bin/env python3
-#!/usr/bin/env python3
 """Make a data set of ray-cast pictures with exact labels, in the layout of NYUD_MT or PASCAL_MT.
 
     python datasets/scenes/make_scenes.py --out DIR --train 200 --val 50 --domain source --size 120x160 --seed 0

@@ -16,7 +16,9 @@ TOOLS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("datasets/*/prepare.py"), *
 def test_every_tool_is_a_command():
     assert len(TOOLS) > 20
     for tool in TOOLS:
-        assert tool.read_text().startswith("#!/usr/bin/env python3\n") and os.access(tool, os.X_OK), tool.name
+        text = tool.read_text()
+        assert text.startswith("#!/usr/bin/env python3\n") and text.count("#!") == 1, tool.name
+        assert os.access(tool, os.X_OK), tool.name
 
 
 @pytest.mark.slow

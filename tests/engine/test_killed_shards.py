@@ -50,7 +50,7 @@ def train(tiny, run_dir, on_step):
     tiny.run(run_dir, parts=parts, batch_size=3, epochs=2, eval_every=0, save_every=1, resume=True, num_workers=1)
 
 
-def start(tiny, many, run_dir, on_step=lambda rank, step: None):
+def start(tiny, many, run_dir, on_step=lambda rank, step: None, num=NUM):
     @one_line_errors
     def command(rank):
         with distributed.processes(torch.device("cpu"), 120):
@@ -58,7 +58,7 @@ def start(tiny, many, run_dir, on_step=lambda rank, step: None):
         return 0
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    return many.start(NUM, command, run_dir)
+    return many.start(num, command, run_dir)
 
 
 def to_the_end(tiny, many, run_dir, on_step=lambda rank, step: None):
@@ -172,3 +172,17 @@ def test_killed_while_the_parts_are_written_leaves_the_old_checkpoint(tiny, many
         assert newest is not None and checkpoint.verify_checkpoint(newest) in (2, 3) and not complaints
         to_the_end(tiny, many, run_dir)
         assert_same_end(run_dir, whole_dir)
+
+
+@pytest.mark.slow
+def test_of_three_the_one_that_died_in_a_step_is_named(tiny, many, tmp_path):
+    """The others wait for its weights in the forward pass, deep inside of the library."""
+
+    def deadly(rank, step):
+        if (rank, step) == (1, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    codes = many.wait(start(tiny, many, tmp_path, deadly, num=3), timeout_s=300)
+    assert codes == [LOST_PROCESS, -signal.SIGKILL, LOST_PROCESS]
+    for rank in (0, 2):
+        assert "process 1 of 3 ended" in (tmp_path / f"output-{rank}.txt").read_text()

@@ -73,6 +73,26 @@ def test_two_processes_equal_one_and_one_reads_their_checkpoint(tiny, many, tmp_
         checkpoint.verify_checkpoint(last)
 
 
+def test_what_does_not_go_with_it_is_said(tiny, many, tmp_path):
+    def messages():
+        found = []
+        for kwargs in (
+            {"ema_decay": 0.9},
+            {"loss_conflict": "pcgrad"},
+            {"precision": "bf16", "prefix_cache": object()},
+        ):
+            with pytest.raises(ValueError) as caught:
+                train(tiny, tmp_path / "run", True, **kwargs)
+            found.append(str(caught.value))
+        return found
+
+    expected = [
+        f"{field}: not with train.parallel fsdp; leave one of them out"
+        for field in ("train.ema_decay", "loss.conflict", "bsr.cache_prefix")
+    ]
+    assert together(many, 2, tmp_path, messages) == [expected, expected]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_saved_on_four_processes_and_resumed_on_two_and_on_one(tiny, many, tmp_path, sharded):

@@ -33,6 +33,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     "head": {"train_blocks": ()},
     "blocks": {"train_blocks": (2, 8)},
 }
+METHODS = ("bitfit", "norm", "lora", "adapter", "last:3", "token_drop", "checkpointing", "backrazor")
+"""Ways of fine-tuning that are no plan of the lists above."""
 CLASSIFIERS = {"deit_tiny_patch16_224": (1, 8), "vit_small_patch32_224": (4, 16), "deit_small_patch16_224": (4,)}
 EXPERTS = {"m3vit_tiny_patch16": (1, 4), "m3vit_small_patch16": (2,)}
 
@@ -55,7 +57,7 @@ class Row:
 
 
 def cases(*, quick: bool = False) -> Iterator[tuple[str, Config]]:
-    """Name of the plan, and config, of every setting; ``quick``: one small model of each kind, batches of 2."""
+    """Name of the plan or method, and config, of every setting; ``quick``: a small model of each kind, batches of 2."""
     for model, sizes in {"deit_tiny_patch16_224": (2,)}.items() if quick else CLASSIFIERS.items():
         size = (64, 64) if quick else (224, 224)
         for name, plan in _plans("BSR .5", PUBLISHED):
@@ -66,6 +68,7 @@ def cases(*, quick: bool = False) -> Iterator[tuple[str, Config]]:
             for batch in sizes:
                 yield name, _experts(model, plan, batch)
     yield from _in_bf16(quick)
+    yield from _methods(quick)
     for name, plan in {"full": {}, "BSR .5": {**PUBLISHED, "restore": "bypass"}, "BSR .7, restored": DENSE}.items():
         yield f"multilevel, {name}", replace(_experts("m3vit_tiny_patch16", plan, 2), {"model.head": "multilevel"})
 
@@ -77,6 +80,16 @@ def _in_bf16(quick: bool) -> Iterator[tuple[str, Config]]:
             yield name, _classifier("deit_tiny_patch16_224", plan, batch, (64, 64) if quick else (224, 224), "bf16")
     for name, plan in {**WHOLE, "BSR .7, restored": DENSE, "BSR .7, cheap": {**DENSE, "recompute": "cheap"}}.items():
         yield name, _experts("m3vit_tiny_patch16", plan, 2 if quick else 4, "bf16")
+
+
+def _methods(quick: bool) -> Iterator[tuple[str, Config]]:
+    """Both kinds of model by every method, in both precisions."""
+    for method in METHODS:
+        for precision in ("fp32", "bf16"):
+            size, batch = ((64, 64), 2) if quick else ((112, 112), 32)
+            dense = _classifier("deit_tiny_patch16_224", PUBLISHED, batch, size, precision)
+            experts = _experts("m3vit_tiny_patch16", DENSE, 2 if quick else 4, precision)
+            yield from ((method, replace(config, {"model.method": method})) for config in (dense, experts))
 
 
 def _plans(name: str, bsr: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -108,6 +121,11 @@ def _experts(model: str, plan: dict[str, Any], batch: int, precision: str = "fp3
     )
 
 
+def label(name: str, config: Config) -> str:
+    """What ``--only`` looks in."""
+    return f"{config.model.backbone} {name} b{config.train.batch_size} {config.train.precision}"
+
+
 def compare(name: str, config: Config) -> Row:
     """Predict and measure a step of ``config``."""
     gc.collect()  # the last model is in cycles
@@ -121,6 +139,7 @@ def compare(name: str, config: Config) -> Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 for a user error."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", metavar="TEXT", help="settings whose model, plan, batch and precision contain TEXT")
     parser.add_argument("--quick", action="store_true", help="small models only")
     parser.add_argument("--plot", metavar="FILE.png", help="draw predicted against measured")
     parser.add_argument("--json", metavar="FILE.json", help="write the rows")
@@ -128,12 +147,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     print(f"{'model':<24} {'plan':<24} {'batch':>5} {'precision':>9} {'predicted, MB':>13} {'measured, MB':>12}  error")
     for name, config in cases(quick=options.quick):
+        if options.only and options.only not in label(name, config):
+            continue
         rows.append(row := compare(name, config))
         print(
             f"{row.model:<24} {row.plan:<24} {row.batch_size:>5} {row.precision:>9} {row.predicted / 2**20:>13.1f} "
             f"{row.measured / 2**20:>12.1f} {row.error:>+7.2%}  {row.highest_at}",
             flush=True,
         )
+    if not rows:
+        raise ValueError(f"--only {options.only}: no setting is called so")
     errors = [abs(row.error) for row in rows]
     print(f"{len(rows)} settings: error at most {max(errors):.2%}, median {statistics.median(errors):.2%}")
     if options.json:

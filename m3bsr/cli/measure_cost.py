@@ -18,8 +18,6 @@ from m3bsr.cost import CostReport
 from m3bsr.engine.predict_cost import predict
 from m3bsr.engine.rng import seed_everything
 from m3bsr.engine.step_cost import StepJob
-from m3bsr.methods import find_method
-from m3bsr.methods.base import no_change
 from m3bsr.report.html import number
 from m3bsr.report.run import megabytes
 
@@ -39,19 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = ["--model.method" if a == "--method" else a for a in arguments]
     config, _ = parse_cli(arguments, DESCRIPTION)
     job = step_job(config)
-    predicted = predicted_peak(config, job)  # first: steps change the weights, and may change more
+    predicted = predicted_peak(job)  # first: steps change the weights, and may change more
     report = job.measure(repeats)
     as_data = report.to_dict() | {"predicted_peak_bytes": predicted}
     print(json.dumps(as_data, indent=2) if as_json else as_text(report, predicted))
     return 0
 
 
-def predicted_peak(config: Config, job: StepJob) -> int | None:
-    """The peak of the step as the formulas have it; None for methods that put modules of their own into the blocks, and
-    for backbones whose blocks have no formula."""
-    method, _ = find_method(config.model.method)
-    if method.change is not no_change:
-        return None
+def predicted_peak(job: StepJob) -> int | None:
+    """The peak of the step as the formulas have it; None for blocks, or methods, without a formula."""
     try:
         return predict(job).peak_bytes
     except ValueError:

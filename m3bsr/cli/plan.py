@@ -181,7 +181,6 @@ class PredictedCosts:
             parts=(*new._parts(Plan()), ("behind", new._behind)),
             batch_size=batch_size,
             input_bytes=round(factor * self.full.input_bytes),
-            embedded_bytes=round(factor * self.full.embedded_bytes),
         )
         return new
 

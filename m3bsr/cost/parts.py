@@ -6,29 +6,21 @@ Blocks have formulas in ``stages``; here are those of what stands between them (
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from m3bsr.bsr.forward import BlockRoles, block_roles, needs_match
 from m3bsr.bsr.reprogram import token_counts
 from m3bsr.bsr.selectors import SELECTORS
 from m3bsr.bsr.tokens import num_kept
+from m3bsr.cost.halves import attention_half, mlp_half
 from m3bsr.cost.scratch import convolution_growth
-from m3bsr.cost.stages import (
-    FLOAT,
-    INDEX,
-    BlockShape,
-    Bytes,
-    Role,
-    Stage,
-    attention_half,
-    block_shape,
-    bytes_of,
-    mlp_half,
-)
+from m3bsr.cost.stages import FLOAT, INDEX, BlockShape, Bytes, Role, Stage, Tuned, block_shape, bytes_of
+from m3bsr.cost.tuned import Halves
 from m3bsr.plan import Plan
 
 Parts = list[tuple[str, Stage]]
@@ -103,6 +95,7 @@ class Precision:
     written_out: int = 0
     device: str = "cpu"
     """Kind of device, for the scratch space of its libraries."""
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
 def backbone_parts(
@@ -113,18 +106,22 @@ def backbone_parts(
     restored: bool = False,
     precision: Precision | None = None,
     levels: Collection[int] = (),
+    tuned: Mapping[int, Halves] | None = None,
 ) -> Parts:
     """The parts of a step up to the last block, in the order in which they run.
 
     Args:
         restored: dropped tokens come back, as for dense tasks.
         levels: blocks whose output a decoder reads, beside the last one.
+        tuned: what trains of blocks that the plan freezes (``tuned.tuned_halves``).
 
     Raises:
         ValueError: a plan that does not fit the model.
     """
     how = precision or Precision()
-    size = bytes_of(plan.activation_dtype, plan.prune_rate, how.autocast, how.written_out)
+    scratch = {"pad_rows": 16 if how.autocast else 1, "threads": how.threads} if how.device == "cpu" else {}
+    rates = [0.0 if block.num_experts else plan.prune_rate for block in shape.blocks]  # experts are never pruned
+    sizes = [bytes_of(plan.activation_dtype, r, how.autocast, written_out=how.written_out, **scratch) for r in rates]
     roles = block_roles(plan, shape.depth)
     tokens = token_counts(plan, shape.num_patches, shape.num_prefix, shape.depth)
     num_tokens = whole = shape.num_prefix + shape.num_patches
@@ -133,19 +130,24 @@ def backbone_parts(
     rows = batch_size
     parts: Parts = [("embedding", _embedding(shape, rows, plan.train_blocks == "all", how))]
     experts = _trained_experts(shape, plan, roles)
+    tuned = tuned or {}
+    first = first_with_graph(plan, shape.depth, tuned)
     for i, block in enumerate(shape.blocks):
-        graph = i >= roles.first_trained
+        size, (attention, mlp) = sizes[i], tuned.get(i, (Tuned(), Tuned()))
+        graph = i > first or roles.trained[i] or attention.params > 0
         if i == plan.restore_before and plan.drop_blocks:
             # nothing is frozen before the first trained block, so there the grid comes back without a graph
-            parts.append((f"restore before {i}", _restore(shape, plan, rows, i > roles.first_trained)))
+            parts.append((f"restore before {i}", _restore(shape, plan, rows, i > first)))
             num_tokens = whole
         aside = whole - num_tokens if plan.drop_from == "backward" else 0
-        role = Role(graph, roles.trained[i], plan.recompute, num_trained_experts=experts.get(i))
+        role = Role(graph, roles.trained[i], plan.recompute, tuned=attention, entered=i > first)
         scoring = roles.scores(i)
         own = scoring and graph and plan.score_source == "own" and plan.merging in ("sum", "mean")
         part = attention_half(
             block, rows, num_tokens, role._replace(scores=kind if scoring else "none", own_scores=own), size, aside
         )
+        if i == 0 and (size.x != FLOAT or not part.stored or role.begins_inside):  # else its input is stored
+            part = part._replace(kept=part.kept + FLOAT * rows * num_tokens * shape.dim)
         parts.append((f"blocks.{i}.attn", part))
         if i in plan.drop_blocks:
             parts.append((f"blocks.{i}.drop", _drop(shape, plan, rows, i, num_tokens, graph, own, restored, size)))
@@ -153,17 +155,24 @@ def backbone_parts(
             aside = whole - num_tokens if plan.drop_from == "backward" else 0
         if i == shape.fork_at:
             rows *= shape.num_tasks
+        role = Role(i >= first, roles.trained[i], plan.recompute, "none", False, experts.get(i), mlp, graph)
         parts.append((f"blocks.{i}.mlp", mlp_half(block, rows, num_tokens, role, size, aside)))
         if i in levels and i < shape.depth - 1:
             dropped = (
                 sum(b <= i for b in plan.drop_blocks) if plan.restore_before is None or i < plan.restore_before else 0
             )
             # the next block stores the same tensor as its input, unless it has no graph or packs what it stores
-            shared = not dropped and i + 1 >= roles.first_trained and size.x == FLOAT
-            parts.append((f"level {i}", _level(shape, rows, dropped, graph, shared)))
+            stores = i >= first or (i + 1 == first and (roles.trained[first] or tuned[first][0].norm))
+            shared = not dropped and stores and sizes[i + 1].x == FLOAT
+            parts.append((f"level {i}", _level(shape, rows, dropped, i >= first, shared)))
     if (restored or plan.drop_from == "backward") and plan.drop_blocks and plan.restore_before is None:
-        parts.append(("restore", _restore(shape, plan, rows, roles.first_trained < shape.depth)))
+        parts.append(("restore", _restore(shape, plan, rows, first < shape.depth)))
     return parts
+
+
+def first_with_graph(plan: Plan, depth: int, tuned: Mapping[int, Halves]) -> int:
+    """Index of the first block with anything that trains, ``depth`` if there is none."""
+    return min(block_roles(plan, depth).first_trained, *tuned, depth)
 
 
 def _embedding(shape: BackboneShape, rows: int, trained: bool, how: Precision) -> Stage:

@@ -20,33 +20,30 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from m3bsr.bsr.forward import block_roles
 from m3bsr.bsr.reprogram import tokens_left
 from m3bsr.bsr.trainable import HEAD_PATHS
 from m3bsr.cost.information import vit_of
-from m3bsr.cost.parts import Precision, backbone_parts, backbone_shape
+from m3bsr.cost.parts import Precision, backbone_parts, backbone_shape, first_with_graph
 from m3bsr.cost.stages import FLOAT, INDEX, Stage
 from m3bsr.cost.trace import Behind, trace_behind
+from m3bsr.cost.tuned import tuned_halves
 from m3bsr.plan import Plan
 from m3bsr.utils.lookup import lookup
 
 
-def peak_above_lasting(parts: Sequence[tuple[str, Stage]], embedded: int = 0) -> tuple[int, str]:
-    """Highest point of a step above what is always there, in bytes, and where it is.
-
-    Args:
-        embedded: bytes of the tokens before the first block, which live as long as the forward pass of the blocks.
-    """
+def peak_above_lasting(parts: Sequence[tuple[str, Stage]]) -> tuple[int, str]:
+    """Highest point of a step above what is always there, in bytes, and where it is."""
     points: list[tuple[int, str]] = [(0, "nothing")]
-    stored, held = 0, 0
-    for place, (name, part) in enumerate(parts):
+    stored, held, kept = 0, 0, 0
+    for name, part in parts:
+        if name == "behind":  # its highest point is in the losses, and autocast ends before them
+            kept = 0
+        points.append((stored + held + kept + part.forward_peak, f"{name}, forward"))
         if name.startswith("restore"):
-            points.append((stored + held + part.forward_peak, f"{name}, forward"))
             held = 0
-        inside = embedded if place > 1 and not name.startswith("behind") else 0
-        points.append((stored + held + inside + part.forward_peak, f"{name}, forward"))
         stored += part.stored
         held += part.held
+        kept += part.kept
     gradients = 0
     waiting = sum(part.waiting for _, part in parts)
     for name, part in reversed(parts):
@@ -77,7 +74,6 @@ class Prediction:
     """Parameters and buffers."""
     input_bytes: int
     optimizer: str
-    embedded_bytes: int
     largest_bytes: int
     """The largest parameter that trains."""
     averaged: bool = False
@@ -124,7 +120,7 @@ class Prediction:
     def peak(self) -> tuple[int, str]:
         """Bytes at the highest point of a step, and where that is."""
         update = self.gradient_bytes + OPTIMIZER_TEMPORARIES[self.optimizer] * self.largest_bytes
-        above, where = max(peak_above_lasting(self.parts, self.embedded_bytes), (update, "optimizer"))
+        above, where = max(peak_above_lasting(self.parts), (update, "optimizer"))
         return self.lasting_bytes + above, where
 
     @property
@@ -162,6 +158,8 @@ def predict_step(
 ) -> Prediction:
     """Predict a training step of ``model`` under ``plan``. The model is not run and may be on the meta device.
 
+    What a method lets train beside the plan counts if the model has just this plan (``tuned.tuned_halves``).
+
     Args:
         model: a timm ``VisionTransformer`` or a model with one as ``.backbone``, dense or with experts.
         image_size: height and width of the images, by default the model's own.
@@ -180,7 +178,8 @@ def predict_step(
     lookup(OPTIMIZER_COPIES, optimizer, "optimizer")
     height, width = image_size or vit.patch_embed.img_size
     shape = backbone_shape(vit, (height, width), num_tasks)
-    parts = backbone_parts(shape, plan, batch_size, restored=restored, precision=precision, levels=levels)
+    tuned = tuned_halves(vit, plan)
+    parts = backbone_parts(shape, plan, batch_size, restored=restored, precision=precision, levels=levels, tuned=tuned)
     whole = shape.num_prefix + shape.num_patches
     left = tokens_left(plan, shape.num_patches, shape.num_prefix, shape.depth)
 
@@ -188,9 +187,9 @@ def predict_step(
         return batch_size * (shape.num_tasks if shape.fork_at is not None and block >= shape.fork_at else 1)
 
     features = (rows_behind(shape.depth), whole if restored else left, shape.dim)
-    first_trained = block_roles(plan, shape.depth).first_trained
-    earlier = [(rows_behind(i), whole, shape.dim, i >= first_trained) for i in sorted(levels)]
-    graph = first_trained < shape.depth
+    first = first_with_graph(plan, shape.depth, tuned)
+    earlier = [(rows_behind(i), whole, shape.dim, i >= first) for i in sorted(levels)]
+    graph = first < shape.depth
     autocast = precision is not None and precision.autocast
     parts.append(("behind", trace_behind(model, behind or _classifier, features, graph, autocast, earlier)))
     tensors = [*model.parameters(), *model.buffers()]
@@ -203,8 +202,7 @@ def predict_step(
         parameter_bytes=sum(t.nbytes for t in tensors),
         input_bytes=input_bytes,
         optimizer=optimizer,
-        embedded_bytes=FLOAT * batch_size * whole * shape.dim,
-        largest_bytes=_largest(model, vit, plan),
+        largest_bytes=_largest(model, vit, plan, tuned),
     )
 
 
@@ -213,12 +211,13 @@ def _classifier(vit: Any, x_BND: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
 
 
-def _largest(model: nn.Module, vit: VisionTransformer, plan: Plan) -> int:
-    """Bytes of the largest parameter that trains under the plan."""
+def _largest(model: nn.Module, vit: VisionTransformer, plan: Plan, tuned: Collection[int]) -> int:
+    """Bytes of the largest parameter that trains under the plan, and in the blocks ``tuned``."""
     frozen: set[int] = set()
     if plan.train_blocks != "all":
         trained = {id(p) for i in plan.train_blocks for p in vit.blocks[i].parameters()}
         behind = [vit.get_submodule(name) for name in HEAD_PATHS if isinstance(getattr(vit, name, None), nn.Module)]
         trained |= {id(p) for module in behind for p in module.parameters()}
+        trained |= {id(p) for i in tuned for p in vit.blocks[i].parameters() if p.requires_grad}
         frozen = {id(p) for p in vit.parameters()} - trained
     return max((p.nbytes for p in model.parameters() if id(p) not in frozen), default=0)

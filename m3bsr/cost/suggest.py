@@ -39,7 +39,7 @@ from m3bsr.cost.parts import BackboneShape, Parts, backbone_parts, backbone_shap
 from m3bsr.cost.predict import peak_above_lasting
 from m3bsr.cost.saved import SavedBytes
 from m3bsr.cost.search import Suggestion, search_plans
-from m3bsr.cost.stages import FLOAT, Stage
+from m3bsr.cost.stages import Stage
 from m3bsr.plan import Plan
 
 ADAMW_COPIES = 2
@@ -143,7 +143,6 @@ class _Costs:
         self._head = Stage(saved.bytes, own, own, gradient)
         self._lasting = storage_bytes([*twin.parameters(), *twin.buffers(), *inputs])
         self._largest = max((p.nbytes for p in vit.parameters()), default=0)
-        self._embedded = FLOAT * self.batch_size * (self.shape.num_prefix + self.shape.num_patches) * vit.embed_dim
         self.full_macs = self._behind + _macs(self._parts(Plan()))
 
     def _parts(self, plan: Plan) -> Parts:
@@ -159,7 +158,7 @@ class _Costs:
             head = Stage(stored, forward, backward, head.gradient)
         parts = [*self._parts(plan), ("behind", head)]
         gradient = sum(part.gradient for _, part in parts)
-        peak = max(peak_above_lasting(parts, self._embedded)[0], gradient + 3 * self._largest)
+        peak = max(peak_above_lasting(parts)[0], gradient + 3 * self._largest)
         peak_bytes = round(SLACK * (self._lasting + ADAMW_COPIES * gradient + peak))
         return (self._behind + _macs(parts)) / self.full_macs, peak_bytes
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from m3bsr import Plan, reprogram
 from m3bsr.bsr import attention
-from m3bsr.cost import CostReport, Prediction, SavedBytes, measure_step, predict_step
+from m3bsr.cost import CostReport, Precision, Prediction, SavedBytes, measure_step, predict_step
 from m3bsr.cost.memory import allocations
 from m3bsr.engine.predict_cost import precision_of
 
@@ -203,3 +203,16 @@ def test_what_has_no_formula_says_so() -> None:
         predict_step(make(), Plan(train_blocks=(5,)), 2)
     with pytest.raises(ValueError, match="optimizer"):
         predict_step(make(), Plan(), 2, optimizer="lion")
+
+
+def test_threads_have_buffers_of_their_own_in_attention() -> None:
+    """As many as will run: fused attention alone takes 8 bytes a query and key of a block, and thread."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            check(*both(make(), train_blocks=(1, 3), recompute="both"), peak=0.02)
+        few, many = (predict_step(make(), Plan(), 2, precision=Precision(threads=n)).peak_bytes for n in (1, 64))
+        assert many > few + 60 * 8 * 32 * 257
+    finally:
+        torch.set_num_threads(before)

@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from m3bsr.cli import train
 from m3bsr.config import load_config
@@ -15,7 +17,7 @@ from m3bsr.config import load_config
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {"nyud": "NYUD_MT", "pascal": "PASCAL_MT"}
 CONFIGS = {path.stem: load_config(path) for path in sorted((ROOT / "configs").glob("*.py"))}
-RUN = [name for name, config in CONFIGS.items() if config.data.name in LAYOUTS]
+RUN = [name for name, config in CONFIGS.items() if config.data.name in LAYOUTS and not config.data.sets]
 # Between them: both layouts, experts and none, BSR and all trained, both recipes; the others are slow tests.
 QUICK = ("moe_nyud_2task", "vit_pascal_m3vit")
 BACKBONES = {"m3vit_small_patch16": "m3vit_tiny_patch16", "deit_small_patch16_224": "deit_tiny_patch16_224"}
@@ -66,3 +68,22 @@ def test_config_trains_and_is_scored(name: str, roots: dict[str, Path], tmp_path
         if "miou" in values:
             assert 0 <= values["miou"] <= 1, task
     assert 0 < metrics["depth"]["rmse"] < 100 if "depth" in metrics else 0 <= metrics["normals"]["mean"] <= 180
+
+
+@pytest.mark.slow
+def test_config_of_several_sets_trains_and_is_scored(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    for split in ("train", "val"):
+        for value, name in enumerate(("dark", "light")):
+            (pictures / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = np.full((32, 32, 3), 250 * value + i, np.uint8)
+                Image.fromarray(pixels).save(pictures / split / name / f"{i}.png")
+    arguments = (
+        f"--data.sets.objects image_folder:{pictures} --run.dir {tmp_path / 'run'} --run.device cpu "
+        "--data.image-size 32 32 --data.max-val 4 --data.num-workers 0 --model.weights= --train.batch-size 2 "
+        "--train.max-steps 2 --optim.warmup-steps 0"
+    )
+    assert train.main([str(ROOT / "configs" / "moe_classification.py"), *arguments.split()]) == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert set(metrics) == {"objects", "digits"} and all(0 <= values["top1"] <= 1 for values in metrics.values())

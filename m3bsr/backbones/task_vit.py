@@ -123,11 +123,12 @@ class TaskViTMixin(ReprogrammedMixin):
             prefix=prefix,
             tap=tap,
         )
-        per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
         left = _streams(state, tasks, streams)
         if found:
             state = restore(state, self.plan.restore, grid, adapters)
         grids = _streams(state, tasks, streams)
+        # Not before: drops that are undone hold no features, which would live as long as the output.
+        per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
         learning = [r for i, r in routing.items() if self._gates_train(i)]
         zero = state.x_BND.new_zeros(())
         return BackboneOutput(

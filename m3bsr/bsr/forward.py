@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from m3bsr.bsr.attention import Attended, ScoreKind, attend, check_attention
-from m3bsr.bsr.restore import restore
+from m3bsr.bsr.restore import NEEDS, restore
 from m3bsr.bsr.selectors import SELECTORS
 from m3bsr.bsr.storage import Packer, Run, Storage, call, choose_storage, lean_mlp, lean_qkv
 from m3bsr.bsr.tokens import TokenState, drop
@@ -107,7 +107,7 @@ def run_blocks(
         state: tokens after the embedding, or behind block ``first - 1``.
         keep_rates: keep rate of each drop block at this step (see ``Plan.keep_rate_at``).
         grid: patches per column and row, for restoring.
-        restorable: record dropped features.
+        restorable: record what dropped tokens need to come back.
         training: whether the choice of tokens may be random.
         run_mlp: called for the MLP of each block, so that a MoE layer can be told its tasks.
         fork: called right before each MLP; may multiply the batch (one copy per task).
@@ -121,7 +121,7 @@ def run_blocks(
         fuse=plan.merging,
         rank=selector.rank,
         grid=grid,
-        restorable=restorable,
+        remember=NEEDS[plan.restore] if restorable else (),
         aside=plan.drop_from == "backward",
         training=training,
     )

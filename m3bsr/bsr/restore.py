@@ -24,6 +24,14 @@ from torch import Tensor, nn
 from m3bsr.bsr.tokens import DropStage, TokenState, take
 
 NUM_NEIGHBOURS = 4
+NEEDS: dict[str, frozenset[str]] = {
+    "bypass": frozenset({"dropped"}),
+    "adapt": frozenset({"dropped"}),
+    "interpolate": frozenset(),
+    "transfer": frozenset({"dropped", "kept"}),
+    "unmerge": frozenset(),
+}
+"""Features as they were at the drop that each way puts back or compares with; nothing else is kept alive."""
 
 
 class StageAffine(nn.Module):
@@ -42,7 +50,7 @@ def restore(state: TokenState, mode: str, grid: tuple[int, int], adapters: nn.Mo
     """Undo every drop: ``[B, P + h*w, D]`` in image order, fused tokens gone.
 
     Args:
-        state: after the blocks; its stages must have been recorded with ``restorable=True``.
+        state: after the blocks; its stages must remember what ``mode`` needs (``NEEDS``).
         mode: ``bypass``, ``adapt``, ``interpolate``, ``transfer`` or ``unmerge``.
         grid: patches per column and row ``(h, w)``.
         adapters: one :class:`StageAffine` per drop block, keyed by its number (``adapt`` only).
@@ -89,11 +97,11 @@ def _features_of_dropped(stage: DropStage, kept_BKD: Tensor, mode: str, grid: tu
     if mode == "unmerge":
         assert stage.match_BR is not None
         return take(kept_BKD, stage.match_BR)
+    if mode == "interpolate":
+        return interpolate(stage, kept_BKD, grid)
     assert stage.x_drop_BRD is not None, "the drop was not recorded as restorable"
     if mode in ("bypass", "adapt"):
         return stage.x_drop_BRD
-    if mode == "interpolate":
-        return interpolate(stage, kept_BKD, grid)
     assert mode == "transfer" and stage.match_BR is not None and stage.x_keep_BKD is not None
     return stage.x_drop_BRD + take(kept_BKD - stage.x_keep_BKD, stage.match_BR)
 

@@ -7,7 +7,7 @@ The order is always [prefix | ordinary, in image order, a "sum" fused token last
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -164,7 +164,7 @@ def drop(
     fuse: str,
     rank: Callable[[Candidates], Tensor] = by_score,
     grid: tuple[int, int] | None = None,
-    restorable: bool = False,
+    remember: Collection[str] = (),
     keys_BMd: Tensor | None = None,
     aside: bool = False,
     training: bool = False,
@@ -179,7 +179,8 @@ def drop(
             (each into the kept token with the most similar key; needs ``keys_BMd``).
         rank: of a :class:`~m3bsr.bsr.selectors.Selector`; by default the scores decide.
         grid: patches per column and row; by default one row.
-        restorable: remember the dropped features, so that :mod:`m3bsr.bsr.restore` can put them back.
+        remember: features that :mod:`m3bsr.bsr.restore` will need (its ``NEEDS``): of the ``"dropped"`` tokens, of the
+            ``"kept"`` ones.
         keys_BMd: keys of the ordinary tokens; with them every dropped token remembers its most similar kept one.
         aside: dropped tokens go on without gradients (:attr:`TokenState.aside_BRD`); ``fuse`` must be ``"none"``.
         training: whether ranks may be random.
@@ -233,8 +234,12 @@ def drop(
             aside_BRD=_behind(state.aside_BRD, dropped),
             aside_before_BRD=None if before_dropped is None else _behind(state.aside_before_BRD, before_dropped),
         )
-    elif restorable:
-        stage = replace(stage, x_drop_BRD=dropped, x_keep_BKD=None if keys_BMd is None else kept)
+    else:
+        stage = replace(
+            stage,
+            x_drop_BRD=dropped if "dropped" in remember else None,
+            x_keep_BKD=kept if "kept" in remember else None,
+        )
     return replace(
         state,
         x_BND=x_BND,

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from m3bsr.bsr.forward import BlockRoles, block_roles, needs_match
 from m3bsr.bsr.reprogram import token_counts
+from m3bsr.bsr.restore import NEEDS
 from m3bsr.bsr.selectors import SELECTORS
 from m3bsr.bsr.tokens import num_kept
 from m3bsr.cost.halves import attention_half, mlp_half
@@ -221,7 +222,8 @@ def _drop(
     if plan.drop_from == "backward":
         held += FLOAT * dropped * shape.dim
     elif restored:
-        held += moved if matches or by_key else FLOAT * dropped * shape.dim
+        remembered = {"dropped": dropped, "kept": rows * kept}
+        held += FLOAT * shape.dim * sum(remembered[which] for which in NEEDS[plan.restore])
     if graph and plan.merging == "merge":  # shares of the mean, and what goes where
         stored += rows * ordinary * FLOAT + dropped * INDEX
     # keys are compared between dropped and kept tokens, and between all

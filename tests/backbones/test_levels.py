@@ -11,6 +11,7 @@ import torch
 from m3bsr import Plan
 from m3bsr.backbones import MoEVisionTransformer
 from m3bsr.bsr import TokenState
+from m3bsr.bsr.restore import NEEDS
 
 TASKS = ("semseg", "depth")
 DEPTH = 6
@@ -82,6 +83,20 @@ def test_every_way_of_restoring_serves_every_level(restore: str) -> None:
         alone = make(plan).eval().forward_tasks(images(), (task,), levels=(1, 4))
         for i in (1, 4):
             torch.testing.assert_close(alone.levels[task][i], together.levels[task][i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("restore", list(NEEDS))
+def test_no_features_outlive_their_use(restore: str) -> None:
+    """A drop keeps what its way of restoring reads, and what the model gives back keeps none of it."""
+    fuse = {"fuse": "merge", "select": "similar"} if restore == "unmerge" else {}
+    plan = Plan((3, 5), drop_blocks=(1, 4), keep_rate=0.5, restore=restore, **fuse)
+    state, _ = make(plan, moe_blocks=()).forward_tokens(images(), restorable=True)
+    for stage in state.stages:
+        held = {"dropped": stage.x_drop_BRD, "kept": stage.x_keep_BKD}
+        assert {name for name, features in held.items() if features is not None} == NEEDS[restore]
+    output = make(plan).forward_tasks(images())
+    assert [len(output.stages[task]) for task in TASKS] == [2, 2]
+    assert all(s.x_drop_BRD is None and s.x_keep_BKD is None for stages in output.stages.values() for s in stages)
 
 
 def test_levels_behind_a_restored_grid_are_whole() -> None:

@@ -31,7 +31,7 @@ def test_drop_then_restore_puts_every_patch_back(batch, num_prefix, num_patches,
     state = start(x, num_prefix)
     for block, rate in enumerate(keep_rates):
         scores, keys = torch.rand(batch, state.num_ordinary), torch.randn(batch, state.num_ordinary, 3)
-        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse, restorable=True, keys_BMd=keys)
+        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse, remember=("dropped", "kept"), keys_BMd=keys)
     if fuse == "merge":  # kept tokens are means now, dropped ones were means when they were dropped
         rows = restore(state, "bypass", (1, num_patches)).x_BND[:, num_prefix:, 0]
         assert torch.equal(rows.gather(1, state.patch_BM), state.x_BND[:, num_prefix:, 0])
@@ -130,7 +130,7 @@ def test_transfer_adds_what_the_most_similar_kept_token_gained() -> None:
         block=0,
         keep_rate=0.5,
         fuse="none",
-        restorable=True,
+        remember=("dropped", "kept"),
         keys_BMd=keys,
     )
     gained = replace(state, x_BND=torch.tensor([[[10.0, 0.0], [0.0, 20.0]]]))
@@ -142,7 +142,7 @@ def test_interpolation_of_a_linear_field_is_close_and_ignores_fused_tokens() -> 
     grid = (6, 6)
     field = (torch.arange(36) // 6).float().view(1, 36, 1)
     scores = torch.tensor([[1.0 if (i // 6 + i % 6) % 2 == 0 else 0.0 for i in range(36)]])
-    state = drop(start(field, 0), scores, block=0, keep_rate=0.5, fuse="sum", restorable=True)
+    state = drop(start(field, 0), scores, block=0, keep_rate=0.5, fuse="sum", remember=("dropped", "kept"))
     restored = restore(state, "interpolate", grid).x_BND
     inner = restored.view(6, 6)[1:-1, 1:-1]
     torch.testing.assert_close(inner, field.view(6, 6)[1:-1, 1:-1])
@@ -167,7 +167,9 @@ def test_every_token_knows_the_patches_that_it_stands_for(num_prefix, num_patche
     state = start(x, num_prefix)
     for block, rate in enumerate(keep_rates):
         scores, keys = torch.rand(2, state.num_ordinary), torch.randn(2, state.num_ordinary, 3)
-        state = drop(state, scores, block=block, keep_rate=rate, fuse=fuse[block], restorable=True, keys_BMd=keys)
+        state = drop(
+            state, scores, block=block, keep_rate=rate, fuse=fuse[block], remember=("dropped", "kept"), keys_BMd=keys
+        )
         sources = state.sources()
         torch.testing.assert_close(sources @ x[:, num_prefix:], state.x_BND[:, num_prefix:], rtol=1e-4, atol=1e-5)
         if state.stages:
@@ -193,7 +195,9 @@ def test_merging_keeps_the_sum_of_all_tokens_and_unmerging_copies_it_back(num_pr
     attention = state.scores_BM.sum(1)
     for block, rate in enumerate(keep_rates):
         scores, keys = torch.rand(2, state.num_ordinary), torch.randn(2, state.num_ordinary, 3)
-        state = drop(state, scores, block=block, keep_rate=rate, fuse="merge", restorable=True, keys_BMd=keys)
+        state = drop(
+            state, scores, block=block, keep_rate=rate, fuse="merge", remember=("dropped", "kept"), keys_BMd=keys
+        )
     size_BN = state.token_sizes()
     if size_BN is None:  # nothing was dropped
         size_BN = torch.ones(2, num_prefix + num_patches)

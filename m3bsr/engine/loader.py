@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence, Sized
+from functools import partial
 from typing import Any
 
 import torch
@@ -226,7 +227,7 @@ def _loader(dataset: Any, num_workers: int, pin_memory: bool, **kwargs: Any) -> 
         dataset,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(_init_worker, os.getpid()),
         # Without a generator of its own a loader draws its base seed from the global one, each time it starts.
         generator=torch.Generator().manual_seed(0),
         **kwargs,
@@ -237,11 +238,16 @@ def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def _init_worker(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, yet the main process has a step to finish.
+def _init_worker(parent: int, _: int) -> None:
+    """Go if ``parent`` was killed while this worker started: PyTorch's watchdog, which begins only after this, would
+    take whoever inherits the worker for its parent, and wait for ever.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group, yet the main process has a step to finish.
 
     SIGINT is ignored. So is the first SIGTERM; a second one comes from the main process that wants its worker gone.
     """
+    if os.getppid() != parent:
+        os._exit(0)
     terms = 0
 
     def on_term(*_: Any) -> None:

@@ -1,4 +1,8 @@
-"""Mixup and CutMix of whole batches, by torchvision."""
+"""Mixup and CutMix of whole batches, by torchvision.
+
+Not by timm, from which RandAugment is: its ``Mixup`` pairs image i with image B - 1 - i, so that a batch must be even,
+and its targets know no image without a class. Either way numbers come from generators that the loader seeds.
+"""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def _load(backbone: TaskViTMixin, state: dict[str, Tensor], name: str, fresh_exp
                 f"choose the backbone that these weights belong to"
             )
     unknown = sorted(k for k in state if k not in own)
-    may_stay = (".mlp.gates.", ".mlp.experts.") if fresh_experts else (".mlp.gates.",)
+    may_stay = ("bsr_adapters.", ".mlp.gates.", *((".mlp.experts.",) if fresh_experts else ()))  # a plan's, a task's
     missing = sorted(k for k in own if k not in state and not any(part in k for part in may_stay))
     if unknown or missing:
         parts = [

@@ -269,6 +269,16 @@ def test_bad_weight_files_are_refused(tmp_path: Path) -> None:
         load_weights(backbone, {})
 
 
+def test_weights_load_under_a_plan_that_adds_parameters() -> None:
+    """The maps of ``adapt`` are the plan's own; no file of a backbone has them."""
+    backbone = make(moe_blocks=(), img_size=32)
+    backbone.set_plan(Plan((3, 5), drop_blocks=(1,), keep_rate=0.5, restore="adapt"))
+    weights = dense(img_size=32).state_dict()
+    load_weights(backbone, weights)
+    assert torch.equal(backbone.blocks[3].mlp.fc1.weight, weights["blocks.3.mlp.fc1.weight"])
+    assert torch.equal(backbone.bsr_adapters["1"].weight, torch.ones(24))
+
+
 @pytest.mark.parametrize("cls", [VisionTransformer, VisionTransformerDistilled])
 def test_any_timm_vit_serves_tasks_and_takes_experts(cls: type) -> None:
     backbone = task_backbone(cls(img_size=(32, 48), num_classes=3, **SIZES), TASKS)

@@ -18,7 +18,7 @@ from m3bsr.plan import MERGED, Plan, Recompute
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 MAX_DROPS = 3
-RECOMPUTE: tuple[Recompute, ...] = ("none", "cheap", "both")
+RECOMPUTE: tuple[Recompute, ...] = ("none", "cheap", "both", "all")
 # Sets of blocks that are all tried; beyond that one block after the other is added.
 MAX_SETS = 3000
 
@@ -153,7 +153,10 @@ def search_plans(
         plans = sorted(_plans(blocks, depth, dense), key=lambda p: -_kept(p, mass, costs.shape))
         tried = []
         for option in (option for plan in plans for option in _recomputing(plan, memory_bytes)):
-            tried.append(row(option, ""))
+            candidate = row(option, "")
+            if option.recompute == "all" and candidate.compute > 1:  # then rather checkpoint full fine-tuning
+                continue
+            tried.append(candidate)
             if _fits(tried[-1], memory_bytes, compute):
                 rows.append(tried[-1])
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3bsr.report.compare import compare_table, mean_curve, points_of
-from m3bsr.report.pareto import Point, front, pareto_chart, standalone
+from m3bsr.report.pareto import LINE, Point, front, pareto_chart, standalone
 from m3bsr.report.rows import (
     as_text,
     comparison_row,
@@ -117,7 +118,11 @@ def test_chart_is_a_picture_with_all_names_in_it() -> None:
 
 def test_equal_points_do_not_hide_each_others_names() -> None:
     svg = ElementTree.fromstring(pareto_chart([Point(n, 5, 0.5) for n in "abc"], cost="MB", quality="top1"))
-    assert len({e.get("y") for e in svg.iter() if e.tag.endswith("text") and e.text in "abc"}) == 3
+    names = [e for e in svg.iter() if e.tag.endswith("text") and e.text in "abc"]
+    places = [(float(e.get("x")), float(e.get("y"))) for e in names]
+    assert len(places) == 3
+    for (x, y), (other_x, other_y) in itertools.combinations(places, 2):
+        assert abs(y - other_y) >= LINE or abs(x - other_x) > 6  # a line apart, or a letter to the side
 
 
 def test_tables_on_disk_and_on_the_terminal(tmp_path) -> None:

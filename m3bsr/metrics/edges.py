@@ -13,6 +13,7 @@ each at every threshold: that sets the limit there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -178,10 +179,17 @@ class EdgeScores(SumMetric):
     annotators. A pixel that every annotation marks ``IGNORE`` takes no part, an annotation that is ``IGNORE``
     everywhere is missing, and an image without any is skipped. ``max_dist`` is a fraction of the image diagonal.
     ``thin_target`` thins the annotations too, for targets that were enlarged; the benchmark does not. The thresholds
-    are ``k / (thresholds + 1)``.
+    are ``k / (thresholds + 1)``. ``counter`` counts the pixels of one image (``m3bsr.metrics.bsds.bsds_counts``: by
+    the benchmark's own code).
     """
 
-    def __init__(self, max_dist: float = 0.0075, thresholds: int = 99, thin_target: bool = False) -> None:
+    def __init__(
+        self,
+        max_dist: float = 0.0075,
+        thresholds: int = 99,
+        thin_target: bool = False,
+        counter: Callable[..., EdgeCounts] = edge_counts,
+    ) -> None:
         if max_dist < 0:
             raise ValueError(f"edge metric: max_dist must not be negative, got {max_dist}")
         if thresholds < 1:
@@ -190,7 +198,7 @@ class EdgeScores(SumMetric):
         super().__init__(**zeros, images=count())
         self.max_dist = max_dist
         self.thresholds = np.arange(1, thresholds + 1) / (thresholds + 1)
-        self.thin_target = thin_target
+        self.thin_target, self.counter = thin_target, counter
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         same = prediction.ndim == target.ndim == 4
@@ -213,7 +221,7 @@ class EdgeScores(SumMetric):
             return
         probability = np.where((present == IGNORE).all(axis=0), np.nan, probability)
         drawn = (present != IGNORE) & (present >= 0.5)
-        self._add(edge_counts(probability, drawn, self.thresholds, self.max_dist, self.thin_target))
+        self._add(self.counter(probability, drawn, self.thresholds, self.max_dist, self.thin_target))
 
     def _add(self, counts: EdgeCounts) -> None:
         best = int(f_measure(*precision_recall(*counts)).argmax())

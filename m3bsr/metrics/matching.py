@@ -134,10 +134,11 @@ def min_cost_matching(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Matched ``(rows, columns)`` of the minimum-cost assignment with outliers, exact (SciPy's sparse LAPJV).
 
-    Of n rows and m columns with edges, each row may take one of its columns or a place of its own at the price of two
-    outliers: a row that stays free leaves a column free too, so the sum differs from that of the benchmark by a
-    constant only. The smaller side takes the part of the rows: fewer of them stay free, and one that does is searched
-    for through all that it can reach.
+    Of n rows and m columns with edges, each row may take one of its columns or a place of its own. That costs as much
+    as a free row and a free column, which come together, so the sum differs from that of all pixels by a constant only.
+    (The benchmark's code matches its free places, too, and counts one outlier less for each pair: half the price, with
+    the same matches as long as an alternating path is shorter than a hundred pixels.) The smaller side takes the part
+    of the rows: fewer of them stay free, and one that does is searched for through all that it can reach.
     """
     if len(rows) == 0:
         return rows, columns

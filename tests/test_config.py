@@ -140,17 +140,8 @@ def test_replace_refuses_unknown_names(name):
         replace(Config(), {name: 1})
 
 
-@pytest.fixture
-def file(tmp_path):
-    def write(text: str) -> str:
-        (tmp_path / "job.py").write_text("from m3bsr.config import Config, Plan\n" + text)
-        return str(tmp_path / "job.py")
-
-    return write
-
-
-def test_a_config_file_is_run(file):
-    assert load_config(file("config = Config(bsr=Plan(keep_rate=0.25))")).bsr.keep_rate == 0.25
+def test_a_config_file_is_run(config_file):
+    assert load_config(config_file("config = Config(bsr=Plan(keep_rate=0.25))")).bsr.keep_rate == 0.25
 
 
 @pytest.mark.parametrize(
@@ -164,13 +155,13 @@ def test_a_config_file_is_run(file):
         ("config = (", "job.py, line 2: SyntaxError"),
     ],
 )
-def test_a_faulty_config_file_is_named_with_the_line(file, text, message):
+def test_a_faulty_config_file_is_named_with_the_line(config_file, text, message):
     with pytest.raises(ValueError) as caught:
-        load_config(file(text))
+        load_config(config_file(text))
     assert message in str(caught.value)
 
 
-def test_a_missing_config_file_names_a_near_one(file, tmp_path):
-    file("config = Config()")
+def test_a_missing_config_file_names_a_near_one(config_file, tmp_path):
+    config_file("config = Config()")
     with pytest.raises(FileNotFoundError, match="no such config file: .*jobb.py; did you mean '.*job.py'"):
         load_config(tmp_path / "jobb.py")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,9 +48,18 @@ def job(tmp_path, data_root):
 
 
 @pytest.fixture(scope="session")
-def many():
-    """The module many.py of the tests of the engine: several processes."""
-    spec = importlib.util.spec_from_file_location("many", Path(__file__).parents[1] / "engine" / "many.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def draw_colours():
+    """``draw_colours(root, train=4, val=2)``: so many red and so many teal pictures of 24x24, a folder a class."""
+
+    def draw(root: Path, **splits: int) -> Path:
+        rng = np.random.default_rng(0)
+        for split, num in splits.items():
+            for channel, name in enumerate(("red", "teal")):
+                (root / split / name).mkdir(parents=True)
+                for i in range(num):
+                    pixels = rng.integers(0, 60, (24, 24, 3), dtype=np.uint8)
+                    pixels[..., channel] += 180
+                    Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+        return root
+
+    return draw

@@ -41,16 +41,9 @@ config = Config(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(draw_colours, tmp_path_factory):
     """Red and green pictures in two classes, and weights with a known final norm."""
-    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
-    for split, num in (("train", 8), ("val", 3)):
-        for channel, name in enumerate(("red", "teal")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(num):
-                pixels = rng.integers(0, 60, (24, 24, 3), dtype=np.uint8)
-                pixels[..., channel] += 180
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    root = draw_colours(tmp_path_factory.mktemp("colours"), train=8, val=3)
     torch.manual_seed(0)
     state = timm.create_model("deit_tiny_patch16_224", num_classes=5).state_dict()
     state["norm.bias"] += 0.25

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from m3bsr.cli import compare, compare_runs
 from m3bsr.cli import train as train_module
@@ -31,16 +30,9 @@ config = Config(
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> str:
+def config(draw_colours, tmp_path_factory) -> str:
     """A config file of runs of 4 steps on two colours."""
-    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
-    for split, num in (("train", 4), ("val", 2)):
-        for channel, name in enumerate(("red", "teal")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(num):
-                pixels = rng.integers(0, 60, (24, 24, 3), dtype=np.uint8)
-                pixels[..., channel] += 180
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    root = draw_colours(tmp_path_factory.mktemp("colours"), train=4, val=2)
     path = root / "tiny.py"
     path.write_text(CONFIG.format(root=str(root)))
     return str(path)

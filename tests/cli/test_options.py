@@ -18,15 +18,6 @@ OPTIONS = """
 """
 
 
-@pytest.fixture
-def file(tmp_path):
-    def write(text: str) -> str:
-        (tmp_path / "job.py").write_text("from m3bsr.config import Config, Plan\n" + text)
-        return str(tmp_path / "job.py")
-
-    return write
-
-
 def cli(path: str, line: str) -> Config:
     return parse_cli([path, *line.split()], "Test.")[0]
 
@@ -55,8 +46,8 @@ def cli(path: str, line: str) -> Config:
         ("--run.resume --train.max-steps 5", {"run.resume": True, "train.max_steps": 5}),
     ],
 )
-def test_the_command_line_overrides_fields(file, line, changes):
-    path = file("config = Config(bsr=Plan(fuse='mean'))")
+def test_the_command_line_overrides_fields(config_file, line, changes):
+    path = config_file("config = Config(bsr=Plan(fuse='mean'))")
     assert cli(path, line) == replace(load_config(path), changes)
 
 
@@ -76,9 +67,9 @@ def test_the_command_line_overrides_fields(file, line, changes):
         ("--data.image-size 240", "--data.image-size"),
     ],
 )
-def test_a_wrong_option_is_one_line_with_the_field(file, line, message):
+def test_a_wrong_option_is_one_line_with_the_field(config_file, line, message):
     with pytest.raises(ValueError) as caught:
-        cli(file("config = Config()"), line)
+        cli(config_file("config = Config()"), line)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -87,7 +78,7 @@ def test_no_config_file():
         parse_cli(["--bsr.keep-rate", "0.5"], "Test.")
 
 
-def test_help_shows_every_field_without_a_config_file_and_the_values_of_one(file, capsys):
+def test_help_shows_every_field_without_a_config_file_and_the_values_of_one(config_file, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_cli(["--help"], "Train a thing.")
     text = capsys.readouterr().out
@@ -100,5 +91,5 @@ def test_help_shows_every_field_without_a_config_file_and_the_values_of_one(file
     assert set(OPTIONS.split()) <= every
     assert {option for option in every if option not in text} == set()
     with pytest.raises(SystemExit):
-        parse_cli([file("config = Config(bsr=Plan(keep_rate=0.375))"), "--help"], "Train a thing.")
+        parse_cli([config_file("config = Config(bsr=Plan(keep_rate=0.375))"), "--help"], "Train a thing.")
     assert "0.375" in capsys.readouterr().out

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import signal
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from m3bsr.cli import train as train_module
 from m3bsr.cli.evaluate import main as evaluate
@@ -31,15 +29,8 @@ config = Config(
 
 
 @pytest.fixture
-def job(tmp_path):
-    root, rng = tmp_path / "colours_in_folders", np.random.default_rng(0)
-    for split, num in (("train", 4), ("val", 2)):
-        for channel, name in enumerate(("red", "teal")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(num):
-                pixels = rng.integers(0, 60, (24, 24, 3), dtype=np.uint8)
-                pixels[..., channel] += 180
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+def job(draw_colours, tmp_path):
+    root = draw_colours(tmp_path / "colours_in_folders", train=4, val=2)
     path = tmp_path / "job.py"
     path.write_text(CONFIG.format(root=root, run=str(tmp_path / "run")))
     return str(path), tmp_path / "run"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +22,13 @@ BACKBONES = {"m3vit_small_patch16": "m3vit_tiny_patch16", "deit_small_patch16_22
 
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory) -> dict[str, Path]:
+def roots(load, tmp_path_factory) -> dict[str, Path]:
     """The same rooms with figures in both layouts."""
-    spec = importlib.util.spec_from_file_location("make_scenes", ROOT / "datasets" / "scenes" / "make_scenes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_scenes"] = module
-    spec.loader.exec_module(module)
+    scenes = load("datasets/scenes/make_scenes.py")
     found = {}
     for name, layout in LAYOUTS.items():
         found[name] = tmp_path_factory.mktemp("data") / layout
-        module.make_scenes(found[name], 4, 2, "target", (48, 64), 1, layout, quiet=True)
+        scenes.make_scenes(found[name], 4, 2, "target", (48, 64), 1, layout, quiet=True)
     return found
 
 

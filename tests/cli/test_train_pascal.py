@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 from m3bsr.cli import train
@@ -12,13 +10,9 @@ from m3bsr.cli import train
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_all_tasks_of_pascal_train_and_are_scored(tmp_path):
-    spec = importlib.util.spec_from_file_location("make_scenes", ROOT / "datasets" / "scenes" / "make_scenes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_scenes"] = module
-    spec.loader.exec_module(module)
-    module.make_scenes(tmp_path / "PASCAL_MT", 4, 3, "target", (48, 64), 1, "PASCAL_MT", quiet=True)
+def test_all_tasks_of_pascal_train_and_are_scored(load, tmp_path):
+    scenes = load("datasets/scenes/make_scenes.py")
+    scenes.make_scenes(tmp_path / "PASCAL_MT", 4, 3, "target", (48, 64), 1, "PASCAL_MT", quiet=True)
     arguments = (
         f"--data.root {tmp_path / 'PASCAL_MT'} --run.dir {tmp_path / 'run'} --data.image-size 32 48 "
         "--data.num-workers 0 --train.batch-size 2 --train.max-steps 1 --optim.warmup-steps 0 --model.head-dim 8 "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from m3bsr.data import build_transform
 from m3bsr.data.pascal import NORMALS_CLASSES, PascalContext, label_edges, read_parts
 from m3bsr.utils.constants import IGNORE
 
-SCENES = Path(__file__).resolve().parents[2] / "datasets" / "scenes"
 H, W = 24, 40
 TASKS = PascalContext.known_tasks
 SKY, WALL, PERSON_CLASS = 360, 440, 284
@@ -227,15 +224,11 @@ def test_the_classes_with_normals_are_those_of_both_data_sets():
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def drawn(load, tmp_path_factory):
     """Drawn figures: six pictures to train, three to validate."""
     out = tmp_path_factory.mktemp("drawn") / "PASCAL_MT"
-    spec = importlib.util.spec_from_file_location("make_scenes", SCENES / "make_scenes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_scenes"] = module
-    spec.loader.exec_module(module)
-    module.make_scenes(out, 8, 3, "source", (48, 64), 0, "PASCAL_MT", quiet=True)
+    scenes = load("datasets/scenes/make_scenes.py")
+    scenes.make_scenes(out, 8, 3, "source", (48, 64), 0, "PASCAL_MT", quiet=True)
     return out
 
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 from PIL import Image
 
 from m3bsr.data import DATASETS
 
-PATH = Path(__file__).resolve().parents[2] / "datasets" / "classification" / "prepare.py"
-
 
 @pytest.fixture
-def prepare():
-    spec = importlib.util.spec_from_file_location("classification_prepare", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def prepare(load):
+    return load("datasets/classification/prepare.py")
 
 
 def reader(calls, fails=False):

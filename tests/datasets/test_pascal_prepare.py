@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import tarfile
 import zipfile
@@ -15,15 +14,10 @@ from PIL import Image
 from m3bsr.cli import prepare as shared
 from m3bsr.data import PascalContext
 
-SCRIPT = Path(__file__).resolve().parents[2] / "datasets" / "pascal" / "prepare.py"
-
 
 @pytest.fixture
-def prepare():
-    spec = importlib.util.spec_from_file_location("pascal_prepare", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def prepare(load):
+    return load("datasets/pascal/prepare.py")
 
 
 def draw(root: Path) -> None:

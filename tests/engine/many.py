@@ -11,6 +11,8 @@ import traceback
 
 import torch
 
+from m3bsr.engine import distributed
+
 
 def free_port():
     with socket.socket() as probe:
@@ -67,3 +69,20 @@ def run(num, function, folder, timeout_s=60.0):
     output = "\n".join((folder / f"output-{rank}.txt").read_text() for rank in range(num))
     assert all(code not in (None, 99) and code >= 0 for code in codes), f"exit codes {codes}\n{output}"
     return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(num)]
+
+
+def run_together(num, function, folder, timeout_s=60.0):
+    """:func:`run` of ``function()`` in processes that make one run; they give up on each other before we do on them."""
+
+    def as_one_of(rank):
+        with distributed.processes(torch.device("cpu"), timeout_s=0.8 * timeout_s):
+            return function()
+
+    return run(num, as_one_of, folder, timeout_s)
+
+
+def assert_close(found, expected, atol=2e-5):
+    """Two sets of weights by name."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -153,19 +153,9 @@ def compare(whole: Path, found: Path) -> dict[str, bool]:
     logs = [[(r["kind"], r["step"], r.get("loss")) for r in read_log(run / "log.jsonl")] for run in (whole, found)]
     return {
         "equal": one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one),
-        "equal_states": same_bits(*states),
+        "equal_states": tiny_run.same_bits(*states),
         "equal_logs": logs[0] == logs[1],
     }
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same_bits, one, other))
-    return one == other
 
 
 def two_signals_trial(run_dir: Path) -> dict[str, object]:

@@ -54,17 +54,6 @@ def train(tiny, folder, recompute="none", on_step=lambda step: None, **kwargs):
     return {name: p.detach().clone() for name, p in model.named_parameters()}, result.progress.metrics
 
 
-def as_one_of(function, rank):
-    with distributed.processes(CPU, timeout_s=200):
-        return function()
-
-
-def assert_close(found, expected, atol=2e-5):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     """One process that accumulates four micro-batches of one image."""
@@ -81,10 +70,10 @@ def test_as_one_process(alone, tiny, many, tmp_path, num, expert_parallel, recom
     folder, expected, expected_metrics = alone
     options = {"batch_size": 1, "accumulate": 4 // num, "expert_parallel": expert_parallel, "recompute": recompute}
     job = functools.partial(train, tiny, tmp_path / "run", **options)
-    found = many.run(num, functools.partial(as_one_of, job), tmp_path / "processes", timeout_s=250)
+    found = many.run_together(num, job, tmp_path / "processes", timeout_s=250)
     fresh = make_model().state_dict()["backbone.blocks.1.mlp.experts.fc1.weight"]
     for weights, metrics in found:
-        assert_close(weights, expected)
+        many.assert_close(weights, expected)
         assert torch.equal(weights["backbone.blocks.1.mlp.experts.fc1.3.weight"], fresh[3])
         assert not torch.equal(weights["backbone.blocks.1.mlp.experts.fc1.6.weight"], fresh[6])
         for task, values in expected_metrics.items():
@@ -102,7 +91,7 @@ def test_checkpoints_are_those_of_one_process(alone, tiny, many, tmp_path):
     first = functools.partial(
         train, tiny, tmp_path / "four", batch_size=1, expert_parallel=4, max_steps=5, eval_every=0
     )
-    many.run(4, functools.partial(as_one_of, first), tmp_path / "first", timeout_s=250)
+    many.run_together(4, first, tmp_path / "first", timeout_s=250)
     copies = [shutil.copytree(tmp_path / "four", tmp_path / name) for name in ("two", "one")]
     state = torch.load(copies[0] / "checkpoints/last/state.pt", weights_only=True)["optimizer"]
     wanted = torch.load(folder / "checkpoints/last/state.pt", weights_only=True)["optimizer"]
@@ -114,9 +103,9 @@ def test_checkpoints_are_those_of_one_process(alone, tiny, many, tmp_path):
 
     on = functools.partial(train, tiny, batch_size=1, resume=True)
     two = functools.partial(on, copies[0], accumulate=2, expert_parallel=2)
-    weights = many.run(2, functools.partial(as_one_of, two), tmp_path / "second", timeout_s=250)[0][0]
-    assert_close(weights, expected)
-    assert_close(on(copies[1], accumulate=4)[0], expected)
+    weights = many.run_together(2, two, tmp_path / "second", timeout_s=250)[0][0]
+    many.assert_close(weights, expected)
+    many.assert_close(on(copies[1], accumulate=4)[0], expected)
 
 
 def test_what_cannot_be_shared_out_is_said(tiny, many, tmp_path):
@@ -130,7 +119,7 @@ def test_what_cannot_be_shared_out_is_said(tiny, many, tmp_path):
             tiny.run(tmp_path / "run", expert_parallel=2)
         return [*found, str(caught.value)]
 
-    for processes, average, none in many.run(2, functools.partial(as_one_of, messages), tmp_path):
+    for processes, average, none in many.run_together(2, messages, tmp_path):
         assert processes.startswith("moe.expert_parallel 3 needs a multiple of so many processes, this run has 2")
         assert average == "train.ema_decay: not with moe.expert_parallel; leave one of them out"
         assert none == "moe.expert_parallel: the model has no experts; see moe.blocks"
@@ -168,7 +157,7 @@ def test_a_process_has_the_state_of_its_own_experts(many, tmp_path):
         distributed.wait_for_all()
         return folder / "whole.pt"
 
-    (first, *of_first), (second, *of_second) = many.run(2, functools.partial(as_one_of, measured), tmp_path)
+    (first, *of_first), (second, *of_second) = many.run_together(2, measured, tmp_path)
     assert {name.split(".")[-2] for name in first} == {"0", "1", "2"}, "of the second block its only one is elsewhere"
     assert {name.split(".")[-2] for name in second} == {"6", "5"}
     trained = sum(p.requires_grad for p in make_model().parameters())

@@ -104,29 +104,19 @@ def whole(tiny, many, tmp_path_factory):
     return run_dir, time.monotonic() - began, [int((run_dir / f"operations-{rank}").read_text()) for rank in range(NUM)]
 
 
-def assert_same_end(run_dir, whole_dir):
+def assert_same_end(tiny, run_dir, whole_dir):
     """Weights and optimizer state of both processes to the bit, all that a resume needs, no line of the log twice."""
     both = [folder / "checkpoints/last" for folder in (run_dir, whole_dir)]
     shards = [{path.name: load_file(path) for path in (last / "shards").iterdir()} for last in both]
-    assert len(shards[0]) == NUM and same_bits(*shards)
+    assert len(shards[0]) == NUM and tiny.same_bits(*shards)
     states = [checkpoint.load_state(last) for last in both]
     for part in ("rng", "rng_of_others", "optimizer", "scheduler"):
-        assert same_bits(*(state[part] for state in states)), part
+        assert tiny.same_bits(*(state[part] for state in states)), part
     assert states[0]["progress"]["metrics"] == states[1]["progress"]["metrics"]
     logs = [read_log(folder / "log.jsonl") for folder in (run_dir, whole_dir)]
     found, expected = ([(r["kind"], r["step"], r.get("loss")) for r in log] for log in logs)
     assert found == expected
     assert sorted(path.name for path in both[0].parent.iterdir()) == ["best", "last", "previous"]
-
-
-def same_bits(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same_bits, one, other))
-    return one == other
 
 
 @pytest.mark.slow
@@ -147,7 +137,7 @@ def test_all_killed_at_random_moments_and_resumed_to_the_same_bits(tiny, many, t
             assert set(codes) <= {0, -signal.SIGKILL}, (tmp_path / f"{runs}/output-0.txt").read_text()
             ended = codes == [0] * NUM
             kills += not ended
-        assert_same_end(tmp_path / str(runs), whole_dir)
+        assert_same_end(tiny, tmp_path / str(runs), whole_dir)
         runs += 1
 
 
@@ -171,7 +161,7 @@ def test_killed_while_the_parts_are_written_leaves_the_old_checkpoint(tiny, many
         newest, complaints = checkpoint.newest_checkpoint(run_dir / "checkpoints")
         assert newest is not None and checkpoint.verify_checkpoint(newest) in (2, 3) and not complaints
         to_the_end(tiny, many, run_dir)
-        assert_same_end(run_dir, whole_dir)
+        assert_same_end(tiny, run_dir, whole_dir)
 
 
 @pytest.mark.slow

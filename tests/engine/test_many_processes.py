@@ -18,7 +18,6 @@ from m3bsr.models import MultiTaskModel
 from m3bsr.plan import Plan
 from m3bsr.tasks import TASKS
 
-CPU = torch.device("cpu")
 STEPS = 10
 
 
@@ -51,23 +50,12 @@ def train_moe(tiny, folder, batch_size, accumulate=1, **kwargs):
     return weights, result.progress.metrics, unused
 
 
-def as_one_of(function, rank):
-    with distributed.processes(CPU, timeout_s=30):
-        return function()
-
-
-def assert_close(found, expected, atol=2e-5):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.fixture(scope="module")
 def two(tiny, many, tmp_path_factory):
     """Two processes with batches of 3, ten steps with an evaluation every other one."""
     folder = tmp_path_factory.mktemp("two")
     job = functools.partial(train_moe, tiny, folder / "run", 3, balance_weight=0.1)
-    return folder, many.run(2, functools.partial(as_one_of, job), folder)
+    return folder, many.run_together(2, job, folder)
 
 
 def test_two_processes_end_with_the_same_bits(two):
@@ -77,11 +65,11 @@ def test_two_processes_end_with_the_same_bits(two):
     assert all(unused), "the test is about experts that nobody chose"
 
 
-def test_two_processes_equal_one_that_accumulates(two, tiny, tmp_path):
+def test_two_processes_equal_one_that_accumulates(two, tiny, many, tmp_path):
     """Everything, the balance loss too: a micro-batch of one is a process of the other."""
     folder, ((weights, metrics, _), _) = two
     expected, expected_metrics, _ = train_moe(tiny, tmp_path, 3, accumulate=2, balance_weight=0.1)
-    assert_close(weights, expected)
+    many.assert_close(weights, expected)
     for task, values in expected_metrics.items():
         assert metrics[task] == pytest.approx(values, rel=1e-4), task
     logs = read_log(folder / "run/log.jsonl"), read_log(tmp_path / "log.jsonl")
@@ -97,8 +85,8 @@ def test_two_processes_equal_one_that_accumulates(two, tiny, tmp_path):
 def test_two_processes_equal_one_with_twice_the_batch(tiny, many, tmp_path):
     """Without the balance loss, which is not linear in the batch, and with as many labels in each half."""
     job = functools.partial(train_moe, tiny, tmp_path / "two", 3, balance_weight=0.0)
-    weights = many.run(2, functools.partial(as_one_of, job), tmp_path)[0][0]
-    assert_close(weights, train_moe(tiny, tmp_path / "one", 6, balance_weight=0.0)[0])
+    weights = many.run_together(2, job, tmp_path)[0][0]
+    many.assert_close(weights, train_moe(tiny, tmp_path / "one", 6, balance_weight=0.0)[0])
 
 
 @pytest.mark.parametrize("num_val", [1, 7])
@@ -110,7 +98,7 @@ def test_metrics_of_three_processes_on_a_split_that_does_not_come_out_even(tiny,
         return evaluate(model, tasks, eval_loader(val_set, batch_size=2), progress=False)
 
     expected = scores()
-    found = many.run(3, functools.partial(as_one_of, scores), tmp_path)
+    found = many.run_together(3, scores, tmp_path)
     for metrics in found:
         assert metrics.num_images == num_val and metrics.routing == expected.routing
         for task, values in expected.items():
@@ -129,8 +117,8 @@ def test_resumed_in_as_many_processes_to_the_same_bits(tiny, many, tmp_path):
         model, _ = tiny.run(tmp_path / "parted", batch_size=2, log_every=4, experts=True, resume=True)
         return model.state_dict()
 
-    whole = many.run(2, functools.partial(as_one_of, both), tmp_path)
-    parted = many.run(2, functools.partial(as_one_of, again), tmp_path)
+    whole = many.run_together(2, both, tmp_path)
+    parted = many.run_together(2, again, tmp_path)
     for rank in range(2):
         assert all(torch.equal(tensor, parted[rank][name]) for name, tensor in whole[rank].items())
 
@@ -146,7 +134,7 @@ def test_missing_gradients_are_zeros_where_others_have_one_and_missing_where_non
         return [None if p.grad is None else p.grad.tolist() for p in parameters]
 
     expected = [[[1.5] * 3] * 2, [0.5] * 4, 1.0, None]
-    assert many.run(2, functools.partial(as_one_of, reduced), tmp_path) == [expected, expected]
+    assert many.run_together(2, reduced, tmp_path) == [expected, expected]
 
 
 def test_an_error_of_one_process_ends_all_and_is_said_once(many, tmp_path):
@@ -156,5 +144,5 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(many, tmp_path):
                 raise ValueError("no such file")
         return str(caught.value), distributed.is_told(caught.value)
 
-    found = many.run(3, functools.partial(as_one_of, fail), tmp_path)
+    found = many.run_together(3, fail, tmp_path)
     assert found == [("no such file", False), ("no such file", True), ("no such file", True)]

@@ -115,3 +115,14 @@ def run_slowly(run_dir, step_s=0.0, **kwargs):
     parts[0].on_step = on_step
     result = run(run_dir, parts=parts, **kwargs)[1]
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def same_bits(one, other):
+    """Whether what a checkpoint holds is the same."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_bits, one, other))
+    return one == other

@@ -5,7 +5,6 @@ The files are real: a pickle that would write a file, archives that climb out, b
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -33,7 +32,6 @@ from m3bsr.data.targets import read_matlab
 from m3bsr.engine import CheckpointError, save_checkpoint
 from m3bsr.engine.checkpoint import load_state, newest_checkpoint, verify_checkpoint
 
-DATASETS = Path(__file__).parents[2] / "datasets"
 HUGE = 100_000
 
 
@@ -272,11 +270,9 @@ def test_good_archives_are_unpacked(tmp_path):
     assert (tmp_path / "tar/x/a.txt").read_text() == "one" and (tmp_path / "zip/x/a.txt").read_text() == "two"
 
 
-def test_prepare_unpacks_downloads_through_it(tmp_path, monkeypatch, capsys):
+def test_prepare_unpacks_downloads_through_it(load, tmp_path, monkeypatch, capsys):
     """torchvision's download of a benchmark without a checksum, the archive replaced by one that climbs out."""
-    spec = importlib.util.spec_from_file_location("prepare_classes", DATASETS / "classification" / "prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
+    prepare = load("datasets/classification/prepare.py")
     import torchvision.datasets.utils as utils
 
     def download_url(url, root, filename=None, md5=None):
@@ -297,7 +293,12 @@ def png(width, height):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def ppm(width, height):

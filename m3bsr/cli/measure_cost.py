@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,10 +64,15 @@ def step_job(config: Config, model: nn.Module | None = None) -> StepJob:
     device = pick_device(config.run.device)
     seed_everything(config.run.seed)
     model = (build_model(config) if model is None else model).to(device).train()
+    return job_of(config, model, device, torch.randn)
+
+
+def job_of(config: Config, model: nn.Module, device: torch.device, image: Callable[..., Tensor]) -> StepJob:
+    """The training step of a model of a config, on ``image(B, 3, H, W)`` and targets of zeros."""
     tasks, batch_size, size = build_tasks(config), config.train.batch_size, config.data.image_size
     if config.data.sets:  # every batch comes from one of them
         tasks = dict(list(tasks.items())[:1])
-    batch: dict[str, Tensor] = {"image": torch.randn(batch_size, 3, *size)}
+    batch = {"image": image(batch_size, 3, *size)}
     batch |= {name: task.example_target(batch_size, size) for name, task in tasks.items()}
     return StepJob(
         model,

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from m3bsr.bsr import tokens_left
-from m3bsr.build import build_model, build_optimizer, build_tasks
+from m3bsr.build import build_model
 from m3bsr.cli.common import one_line_errors, pick_device
-from m3bsr.cli.measure_cost import measure
+from m3bsr.cli.measure_cost import job_of, measure
 from m3bsr.cli.options import parse_cli
 from m3bsr.config import Config, Plan, replace
 from m3bsr.cost import search_plans
@@ -126,24 +125,7 @@ def empty_job(config: Config) -> StepJob:
     """
     config = replace(config, {"model.weights": "", "model.method": "bsr", "bsr": Plan()})
     with torch.device("meta"):
-        model, tasks = build_model(config), build_tasks(config)
-        batch_size, size = config.train.batch_size, config.data.image_size
-        batch: dict[str, Tensor] = {"image": torch.empty(batch_size, 3, *size)}
-        batch |= {name: task.example_target(batch_size, size) for name, task in tasks.items()}
-    return StepJob(
-        model,
-        tasks,
-        batch,
-        build_optimizer(config, model),
-        device=pick_device(config.run.device),
-        precision=config.train.precision,
-        clip_norm=config.train.clip_norm,
-        loss_weights=config.loss.weights,
-        loss_stride=config.loss.stride,
-        balance_weight=config.moe.balance_weight,
-        z_weight=config.moe.z_weight,
-        ema_decay=config.train.ema_decay,
-    )
+        return job_of(config, build_model(config), pick_device(config.run.device), torch.empty)
 
 
 class PredictedCosts:

@@ -10,7 +10,11 @@ import pytest
 from m3bsr.cli import train as train_module
 from m3bsr.cli.evaluate import main as evaluate
 from m3bsr.cli.measure_cost import main as measure_cost
+from m3bsr.cli.measure_cost import step_job
+from m3bsr.cli.plan import empty_job
 from m3bsr.cli.train import main as train
+from m3bsr.config import load_config
+from m3bsr.engine.predict_cost import predict
 
 CONFIG = """
 from m3bsr.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, Plan, RunConfig, TrainConfig
@@ -69,6 +73,11 @@ def test_train_resume_evaluate_one_task(job, capsys, monkeypatch, tmp_path):
     out = capsys.readouterr().out
     assert "more" in out and "colours" not in out.splitlines()[1]
     assert measure_cost([config]) == 0
+
+
+def test_plans_are_predicted_for_a_step_of_one_set(job):
+    config = load_config(job[0])
+    assert predict(empty_job(config), config.bsr).peak_bytes == predict(step_job(config)).peak_bytes
 
 
 @pytest.mark.parametrize(

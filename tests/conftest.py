@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# For all tests, whichever of them are run; a machine that is busy with something else is no fault of theirs.
+settings.register_profile("quick", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("quick")
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -64,7 +64,7 @@ def num_in_cells(patch_K: torch.Tensor, side: int) -> torch.Tensor:
     return cells
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.05, 1.0), st.integers(0, 99), st.sampled_from(["cover", "spread", "random"]), st.booleans())
 def test_every_cell_keeps_a_token(rate: float, seed: int, name: str, training: bool) -> None:
     tokens = candidates(1, rate, seed, training)

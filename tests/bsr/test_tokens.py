@@ -6,14 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from m3bsr.bsr.restore import restore
 from m3bsr.bsr.tokens import drop, num_kept, patches_kept, select, start, take, token_sources
-
-settings.register_profile("quick", max_examples=30, deadline=None)
-settings.load_profile("quick")
 
 rates = st.floats(0.05, 1.0)
 fuses = st.sampled_from(["sum", "mean", "none", "merge"])

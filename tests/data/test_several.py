@@ -40,7 +40,7 @@ def owner(several: SeveralSets, batch: list[int]) -> str:
     return owners.pop()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(4, 30), min_size=1, max_size=4),
     batch_size=st.integers(1, 4),

@@ -117,7 +117,7 @@ def test_random_zoom_divides_depth_by_what_the_camera_did_and_resize_does_not():
     assert resize(plane, (60, 80))["depth"].unique().tolist() == [3.0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     recipe=st.sampled_from(sorted(RECIPES)),
     seed=st.integers(0, 10_000),

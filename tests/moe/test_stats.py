@@ -21,7 +21,7 @@ TABLES = st.integers(1, 6).flatmap(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TABLES)
 def test_against_sums_written_out(table: list[list[int]]) -> None:
     loads_GE = loads(torch.tensor(table))

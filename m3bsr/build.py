@@ -5,22 +5,19 @@ Every function takes the whole ``Config`` and returns plain objects; what they a
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sized
-from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torchvision
-from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.utils.data import Dataset
 
 from m3bsr.backbones import DENSE_NAMES, TaskViTMixin, add_moe, load_weights, read_weights, task_backbone
+from m3bsr.backbones.named import pretrained_cfg, timm_vit
 from m3bsr.bsr.compiled import check_compiler, compile_blocks
 from m3bsr.config import Config, replace
 from m3bsr.data import DATASETS, RECIPES, build_transform
@@ -32,7 +29,7 @@ from m3bsr.engine.damaged import ReplaceDamaged
 from m3bsr.engine.loader import steps_in_run
 from m3bsr.engine.losses import SmallTargets
 from m3bsr.engine.optim import make_optimizer
-from m3bsr.engine.prefix_cache import PrefixCache
+from m3bsr.engine.prefix_cache import PrefixCache, described
 from m3bsr.engine.schedule import make_schedule
 from m3bsr.heads import HEADS, ClassifierHead, CrossTaskRefinement, DenseHead, set_output_bias, spread_levels
 from m3bsr.methods import find_method
@@ -151,7 +148,7 @@ def _build_backbone(
         )
         classifiers = {task: ClassifierHead(backbone, number) for task, number in num_classes.items()}
     else:
-        vit = _timm_vit(name, drop_path_rate=config.model.drop_path, **common)
+        vit = timm_vit(name, drop_path_rate=config.model.drop_path, **common)
         # Now: as a backbone for tasks it has no final layers any more.
         classifiers = {task: ClassifierHead(vit, number) for task, number in num_classes.items()}
         backbone = task_backbone(vit, config.data.tasks)
@@ -180,34 +177,6 @@ def _load_backbone(config: Config, model: MultiTaskModel, source: Any) -> None:
         if isinstance(head, ClassifierHead):
             head.load_final(report.final)
     log.info("%s: %s", name, report)
-
-
-def _timm_vit(name: str, **kwargs: Any) -> VisionTransformer:
-    """A timm model by name, checked to be a ``VisionTransformer``."""
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*timm.list_models("*vit*"), *timm.list_models("*deit*")], 1)
-        raise ValueError(f"model.backbone: unknown model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    _pretrained_cfg(name)
-    try:
-        model = timm.create_model(name, num_classes=0, **kwargs)
-    except TypeError:  # other families take other arguments
-        model = timm.create_model(name, num_classes=0)
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"model.backbone: {name} is a {type(model).__name__}, not a timm VisionTransformer")
-    return model
-
-
-def _pretrained_cfg(name: str) -> Any:
-    """timm's description of the weights of a model; None for one that it does not know.
-
-    Raises:
-        ValueError: the model is known, but not the weights behind the dot of its name.
-    """
-    try:
-        return timm.get_pretrained_cfg(name, allow_unregistered=True)
-    except RuntimeError:
-        tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
-        raise ValueError(f"model.backbone: unknown weights {name}; there are {', '.join(tags) or 'none'}") from None
 
 
 def _load_model(config: Config, model: MultiTaskModel, state: Mapping[str, torch.Tensor]) -> None:
@@ -311,7 +280,7 @@ def transform_of(config: Config, *, train: bool) -> Pipeline:
     if config.data.sets:
         config = next(iter(members(config).values()))
     name, dataset = config.model.backbone, lookup(DATASETS, config.data.name, "data.name")
-    pretrained = _pretrained_cfg(DENSE_NAMES.get(name, name))
+    pretrained = pretrained_cfg(DENSE_NAMES.get(name, name))
     normalisation = {} if pretrained is None else {"mean": pretrained.mean, "std": pretrained.std}
     recipes = getattr(dataset, "recipes", RECIPES)
     recipe = config.data.augment if train else "none"
@@ -355,27 +324,12 @@ def build_prefix_cache(config: Config, train_set: Sized) -> PrefixCache | None:
         "backbone": config.model.backbone,
         "data": {name: str(dataset_path(root).resolve()) for name, root in roots.items()},
         "split": [data.name, data.sets, data.train_split, data.max_train, len(train_set)],
-        "transform": [torchvision.__version__, _described(transform_of(config, train=True))],
+        "transform": [torchvision.__version__, described(transform_of(config, train=True))],
         "views": [config.run.seed, views],
         "batch_size": config.train.batch_size,
     }
     root = Path(config.run.cache_dir or Path(config.run.dir) / "prefix_cache")
     return PrefixCache(root, key, data.image_size, len(train_set) * views)
-
-
-def _described(value: Any) -> Any:
-    """What transforms are made of, as plain data: names of classes and functions, and all their settings."""
-    if isinstance(value, dict):
-        return {str(name): _described(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_described(part) for part in value]
-    if isinstance(value, partial):
-        return [_described(value.func), _described(value.args), _described(value.keywords)]
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    if hasattr(value, "__dict__") and not isinstance(value, Enum):
-        return [_described(type(value)), _described(vars(value))]
-    return repr(value)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

@@ -10,30 +10,22 @@ import dataclasses
 import json
 import runpy
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from m3bsr.plan import MERGED as MERGED
 from m3bsr.plan import Plan
-from m3bsr.utils.checks import check_fields, did_you_mean, printable, tuples
-
-
-def _positive(owner: object, section: str, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(number is not None and number <= 0 for number in numbers):
-            what = "positive" if any(isinstance(number, float) for number in numbers) else "a positive integer"
-            raise ValueError(f"{section}.{name} must be {'positive' if len(numbers) > 1 else what}, got {value}")
-
-
-def _not_negative(owner: object, section: str, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if value < 0:
-            raise ValueError(f"{section}.{name} must not be negative, got {value}")
+from m3bsr.utils.checks import (
+    check_fields,
+    check_known,
+    check_not_negative,
+    check_positive,
+    check_share,
+    did_you_mean,
+    tuples,
+)
 
 
 @dataclass(frozen=True)
@@ -84,14 +76,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
-        _positive(self, "data", "image_size", "num_views", "max_train", "max_val")
-        _not_negative(self, "data", "num_workers", "mixup", "cutmix")
-        _positive(self, "data", "temperature")
-        if not 0 <= self.max_skipped <= 1:
-            raise ValueError(f"data.max_skipped must lie in [0, 1], got {self.max_skipped}")
-        for task, number in self.num_classes.items():
-            if number < 1:
-                raise ValueError(f"data.num_classes of {task} must be positive, got {number}")
+        check_positive(self, "data", "image_size", "num_views", "max_train", "max_val", "num_classes", "temperature")
+        check_not_negative(self, "data", "num_workers", "mixup", "cutmix")
+        check_share(self, "data", "max_skipped", bounds="[0, 1]")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"data.tasks must name at least one task, each once, got {self.tasks}")
         if self.sets and not set(self.tasks) <= set(self.sets):
@@ -123,12 +110,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
-        _positive(self, "model", "head_dim")
-        _not_negative(self, "model", "refine_dim")
+        check_positive(self, "model", "head_dim")
+        check_not_negative(self, "model", "refine_dim")
         if any(block < 0 for block in self.head_blocks or ()):
             raise ValueError(f"model.head_blocks must hold integers from 0, got {self.head_blocks}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path must lie in [0, 1), got {self.drop_path}")
+        check_share(self, "model", "drop_path")
 
 
 @dataclass(frozen=True)
@@ -172,8 +158,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "moe")
-        _positive(self, "moe", "num_experts", "top_k", "mlp_ratio", "experts_per_task", "task_dim", "expert_parallel")
-        _not_negative(self, "moe", "noise_std", "upcycle_noise", "balance_weight", "z_weight")
+        check_positive(self, "moe", "num_experts", "top_k", "mlp_ratio", "experts_per_task", "task_dim")
+        check_positive(self, "moe", "expert_parallel")
+        check_not_negative(self, "moe", "noise_std", "upcycle_noise", "balance_weight", "z_weight")
         numbers = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
         if self.top_k > min(numbers, default=self.top_k):
             raise ValueError(f"moe.top_k {self.top_k} is more than moe.num_experts {self.num_experts}")
@@ -213,13 +200,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "loss")
-        _positive(self, "loss", "stride")
-        _not_negative(self, "loss", "refine_weight")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"loss.label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        for task, weight in self.weights.items():
-            if weight < 0:
-                raise ValueError(f"loss.weights of {task} must not be negative, got {weight}")
+        check_positive(self, "loss", "stride")
+        check_not_negative(self, "loss", "refine_weight", "weights")
+        check_share(self, "loss", "label_smoothing")
 
 
 @dataclass(frozen=True)
@@ -258,11 +241,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "train")
-        _positive(self, "train", "epochs", "max_steps", "batch_size", "accumulate", "eval_batch_size", "save_every")
-        _positive(self, "train", "log_every", "timeout_s")
-        _not_negative(self, "train", "clip_norm", "eval_every")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay must lie in [0, 1), got {self.ema_decay}")
+        check_positive(self, "train", "epochs", "max_steps", "batch_size", "accumulate", "eval_batch_size")
+        check_positive(self, "train", "save_every", "log_every", "timeout_s")
+        check_not_negative(self, "train", "clip_norm", "eval_every")
+        check_share(self, "train", "ema_decay")
         if self.compile and self.parallel == "fsdp":
             raise ValueError("train.compile: not with train.parallel fsdp; leave one of them out")
 
@@ -296,12 +278,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
-        _positive(self, "optim", "lr", "head_lr_scale", "poly_power")
-        _not_negative(self, "optim", "weight_decay", "momentum", "warmup_steps", "min_lr")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay must lie in (0, 1], got {self.layer_decay}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas must lie in [0, 1), got {self.betas}")
+        check_positive(self, "optim", "lr", "head_lr_scale", "poly_power")
+        check_not_negative(self, "optim", "weight_decay", "momentum", "warmup_steps", "min_lr")
+        check_share(self, "optim", "layer_decay", bounds="(0, 1]")
+        check_share(self, "optim", "betas")
 
 
 @dataclass(frozen=True)
@@ -323,7 +303,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "run")
-        _not_negative(self, "run", "seed")
+        check_not_negative(self, "run", "seed")
         if not self.dir:
             raise ValueError("run.dir must not be empty")
 
@@ -367,24 +347,16 @@ class Config:
         sections = {section.name: section for section in dataclasses.fields(cls)}
         built: dict[str, Any] = {}
         for name, values in data.items():
-            _known(name, sections, "section")
+            check_known(name, sections, "section")
             make = sections[name].default_factory
             assert isinstance(make, type)
             if not isinstance(values, Mapping):
                 raise ValueError(f"section {name} must hold fields, got {values!r}")
             known = {f.name for f in dataclasses.fields(make)}
             for key in values:
-                _known(key, known, f"field {name}.")
+                check_known(key, known, f"field {name}.")
             built[name] = make(**{key: tuples(value) for key, value in values.items()})
         return cls(**built)
-
-
-def _known(name: str, known: Iterable[str], kind: str) -> None:
-    known = list(known)
-    if name not in known:
-        raise ValueError(
-            f"unknown {kind}{'' if kind.endswith('.') else ' '}{printable(name)}{did_you_mean(name, known)}"
-        )
 
 
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -396,11 +368,11 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     per_section: dict[str, dict[str, Any]] = {}
     for path, value in changes.items():
         section, _, name = path.partition(".")
-        _known(section, {f.name for f in dataclasses.fields(config)}, "section")
+        check_known(section, {f.name for f in dataclasses.fields(config)}, "section")
         if not name:
             config = dataclasses.replace(config, **{section: value})
             continue
-        _known(name, {f.name for f in dataclasses.fields(getattr(config, section))}, f"field {section}.")
+        check_known(name, {f.name for f in dataclasses.fields(getattr(config, section))}, f"field {section}.")
         per_section.setdefault(section, {})[name] = value
     new = {s: dataclasses.replace(getattr(config, s), **changes) for s, changes in per_section.items()}
     return dataclasses.replace(config, **new)

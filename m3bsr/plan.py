@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from m3bsr.utils.checks import check_fields, did_you_mean, tuples
+from m3bsr.utils.checks import check_fields, check_known, check_not_negative, check_share, tuples
 
 Fuse = Literal["sum", "mean", "none", "merge"]
 DropFrom = Literal["both", "backward"]
@@ -18,12 +18,7 @@ Restore = Literal["bypass", "adapt", "interpolate", "transfer", "unmerge"]
 Recompute = Literal["none", "cheap", "frozen", "both", "all"]
 ActivationDtype = Literal["same", "bf16", "int8"]
 FUSE: tuple[str, ...] = get_args(Fuse)
-DROP_FROM: tuple[str, ...] = get_args(DropFrom)
 SCORE_SOURCE: tuple[str, ...] = get_args(ScoreSource)
-SCHEDULE: tuple[str, ...] = get_args(Schedule)
-RESTORE: tuple[str, ...] = get_args(Restore)
-RECOMPUTE: tuple[str, ...] = get_args(Recompute)
-ACTIVATION_DTYPE: tuple[str, ...] = get_args(ActivationDtype)
 # What drops do for dense tasks: the least loss for the work that they save, as measured on NYUD (LOG.md).
 MERGED: dict[str, Any] = {"select": "similar", "fuse": "merge", "restore": "unmerge"}
 
@@ -87,28 +82,19 @@ class Plan:
         self._check_experts()
         if self.schedule == "cosine" and self.schedule_steps < 1:
             raise ValueError(f"bsr.schedule_steps must be positive with a cosine schedule, got {self.schedule_steps}")
-        if self.schedule_steps < 0:
-            raise ValueError(f"bsr.schedule_steps must not be negative, got {self.schedule_steps}")
-        if not 0 <= self.prune_rate < 1:
-            raise ValueError(f"bsr.prune_rate must lie in [0, 1), got {self.prune_rate!r}")
+        check_not_negative(self, "bsr", "schedule_steps", "restore_before")
+        check_share(self, "bsr", "prune_rate")
         if self.proportional and self.merging != "merge":
             raise ValueError('bsr.proportional needs merged tokens: bsr.fuse "merge" and bsr.drop_from "both"')
-        if self.restore_before is not None and self.restore_before < 0:
-            raise ValueError(f"bsr.restore_before must not be negative, got {self.restore_before}")
         if self.restore_before is not None and any(block >= self.restore_before for block in self.drop_blocks):
             raise ValueError(
                 f"bsr.restore_before {self.restore_before} must come after the last drop block ({self.drop_blocks[-1]})"
             )
 
     def _check_rates(self) -> None:
-        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
-        for rate in rates:
-            if not 0 < rate <= 1:
-                raise ValueError(f"bsr.keep_rate must lie in (0, 1], got {rate!r}")
-        if self.eval_keep_rate is not None and not 0 < self.eval_keep_rate <= 1:
-            raise ValueError(f"bsr.eval_keep_rate must lie in (0, 1], got {self.eval_keep_rate!r}")
-        blocks = _blocks("drop_blocks", self.drop_blocks)
-        if isinstance(self.keep_rate, tuple):
+        check_share(self, "bsr", "keep_rate", "eval_keep_rate", bounds="(0, 1]")
+        blocks, rates = _blocks("drop_blocks", self.drop_blocks), self.keep_rate
+        if isinstance(rates, tuple):
             if len(rates) != len(blocks):
                 raise ValueError(
                     f"bsr.keep_rate has {len(rates)} values for {len(blocks)} drop blocks; "
@@ -184,8 +170,7 @@ class Plan:
             raise ValueError(f"bsr must hold the fields of a plan, got {data!r}")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in data:
-            if name not in known:
-                raise ValueError(f"unknown field bsr.{name}{did_you_mean(name, known)}")
+            check_known(name, known, "field bsr.")
         return cls(**{name: tuples(value) for name, value in data.items()})
 
 

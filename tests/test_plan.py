@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3bsr.plan import ACTIVATION_DTYPE, FUSE, RECOMPUTE, RESTORE, SCORE_SOURCE, Plan
+from m3bsr.plan import ActivationDtype, DropFrom, Fuse, Plan, Recompute, Restore, ScoreSource
 
 BAD = [
     ({"keep_rate": -0.5}, "bsr.keep_rate must lie in (0, 1], got -0.5"),
@@ -17,7 +18,7 @@ BAD = [
     ({"keep_rate": 1.01}, "bsr.keep_rate must lie in (0, 1], got 1.01"),
     ({"keep_rate": math.nan}, "bsr.keep_rate must be a finite number"),
     ({"keep_rate": True}, "bsr.keep_rate must be a finite number"),
-    ({"drop_blocks": (3, 6), "keep_rate": (0.5, 2.0)}, "bsr.keep_rate must lie in (0, 1], got 2.0"),
+    ({"drop_blocks": (3, 6), "keep_rate": (0.5, 2.0)}, "bsr.keep_rate must lie in (0, 1], got (0.5, 2.0)"),
     ({"drop_blocks": (3, 6), "keep_rate": (0.5,)}, "bsr.keep_rate has 1 values for 2 drop blocks"),
     ({"train_blocks": "al"}, "bsr.train_blocks must be 'all' or a tuple of integers, got 'al'; did you mean 'all'?"),
     ({"train_blocks": (3, -1)}, "bsr.train_blocks must hold integers from 0, got -1"),
@@ -121,12 +122,13 @@ def plans(draw):
         train_experts=draw(st.one_of(st.sampled_from(["all", "top:3"]), st.lists(blocks.map(tuple)).map(tuple))),
         drop_blocks=tuple(drop),
         keep_rate=keep,
-        fuse=draw(st.sampled_from(FUSE)),
-        score_source=draw(st.sampled_from(SCORE_SOURCE)),
-        restore=draw(st.sampled_from(RESTORE)),
+        drop_from=draw(st.sampled_from(get_args(DropFrom))),
+        fuse=draw(st.sampled_from(get_args(Fuse))),
+        score_source=draw(st.sampled_from(get_args(ScoreSource))),
+        restore=draw(st.sampled_from(get_args(Restore))),
         restore_before=draw(st.sampled_from([None, 31])),
-        recompute=draw(st.sampled_from(RECOMPUTE)),
-        activation_dtype=draw(st.sampled_from(ACTIVATION_DTYPE)),
+        recompute=draw(st.sampled_from(get_args(Recompute))),
+        activation_dtype=draw(st.sampled_from(get_args(ActivationDtype))),
         prune_rate=draw(st.floats(0, 1, exclude_max=True)),
         schedule_steps=draw(st.integers(0, 9)),
         eval_keep_rate=draw(st.none() | rate),

@@ -22,10 +22,6 @@ class Timing:
         return statistics.median(self.seconds) * 1e3
 
     @property
-    def min_ms(self) -> float:
-        return min(self.seconds) * 1e3
-
-    @property
     def spread_ms(self) -> tuple[float, float]:
         """The lower and the upper quartile."""
         if len(self.seconds) < 2:

@@ -1,7 +1,7 @@
 """NYU Depth v2 in both packagings (and anything else written in them, such as the ray-cast scenes).
 
 ``images segmentation depth normals edge gt_sets/{train,val}.txt``; which files these folders hold is said by
-``PACKAGINGS`` and ``datasets/nyud/README.md``. Every invalid pixel becomes ``IGNORE`` (255), in every task.
+``NYUD_MT``, ``NYUDV2`` and ``datasets/nyud/README.md``. Every invalid pixel becomes ``IGNORE`` (255), in every task.
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ NYUDV2 = Packaging(
     },
     multiple=32,
 )
-PACKAGINGS = (NYUD_MT, NYUDV2)
 
 
 def find_packaging(root: Path, tasks: tuple[str, ...]) -> Packaging:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from m3bsr.plan import Plan
 from m3bsr.utils.checks import printable
+from m3bsr.utils.disk import flush
 from m3bsr.utils.foreign import one_line
 
 FORMAT = "1"
@@ -90,20 +90,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], info: DeltaInfo) -> None:
             raise OSError(f"could not write {aside}: {one_line(error)}") from None
         aside.chmod(mode)  # safetensors makes it readable by its owner alone
         for place in (aside, path.parent):
-            _flush(place)
+            flush(place)
         aside.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from m3bsr.engine import distributed
 from m3bsr.engine.ema import Ema
 from m3bsr.engine.rng import derive_seed, get_rng_state, seed_everything, set_rng_state
 from m3bsr.engine.shards import is_sharded, load_whole, read_shards, spread, write_shards
+from m3bsr.utils.disk import flush
 from m3bsr.utils.foreign import load_tensors, one_line, read_json
 
 FORMAT, SHARDS = "m3bsr checkpoint 1", "shards"
@@ -112,7 +112,7 @@ def save_checkpoint(
         manifest = {"format": FORMAT, "step": progress["step"], "sha256": sums}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for path in (*aside.rglob("*"), aside):
-            _flush(path)
+            flush(path)
     except BaseException:
         _remove(aside)
         raise
@@ -124,7 +124,7 @@ def save_checkpoint(
         _remove(old)
         folder.rename(old)
     aside.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     if not keep_previous:
         _remove(old)
 
@@ -377,15 +377,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,18 @@ def _plan_key(model: MultiTaskModel) -> dict[str, Any]:
     """The plan, without what only says how much is stored for the backward pass, or what evaluation does."""
     other = ("cache_prefix", "recompute", "activation_dtype", "prune_rate", "eval_keep_rate", "train_experts")
     return {name: value for name, value in model.backbone.plan.to_dict().items() if name not in other}
+
+
+def described(value: Any) -> Any:
+    """What transforms are made of, as plain data for a key: names of classes and functions, and all their settings."""
+    if isinstance(value, dict):
+        return {str(name): described(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(part) for part in value]
+    if isinstance(value, partial):
+        return [described(value.func), described(value.args), described(value.keywords)]
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "__dict__") and not isinstance(value, Enum):
+        return [described(type(value)), described(vars(value))]
+    return repr(value)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3bsr.losses import resize_nearest
+from m3bsr.losses import cross_entropy, resize_nearest
 from m3bsr.metrics.base import Metric
+from m3bsr.metrics.miou import MeanIoU
 from m3bsr.utils.constants import IGNORE
 
 
@@ -83,6 +84,39 @@ class Task(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, num_channels={self.num_channels})"
+
+
+class PixelClasses(Task):
+    """One of ``num_classes`` classes per pixel. Targets: class indices ``[B, 1, H, W]``."""
+
+    main_metric = "miou"
+    higher_is_better = True
+    saved_suffixes = (".png",)
+
+    def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
+        if not 1 <= num_classes <= IGNORE:
+            raise ValueError(f"{self.name}: num_classes must be in 1..{IGNORE}, got {num_classes}")
+        self.num_channels = num_classes
+        self.label_smoothing = label_smoothing
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(prediction, target, self.label_smoothing)
+
+    def metric(self) -> MeanIoU:
+        return MeanIoU(self.num_channels)
+
+    def to_saved(self, prediction: Tensor) -> Tensor:
+        """Classes from 0, uint8."""
+        return prediction.argmax(dim=1, keepdim=True).to(torch.uint8)
+
+    def add_saved(self, metric: MeanIoU, saved: Tensor, target: Tensor) -> None:
+        metric.update_labels(saved, target)
+
+    def example_target(self, batch_size: int, size: tuple[int, int]) -> Tensor:
+        return torch.zeros(batch_size, 1, *size, dtype=torch.int64)
+
+    def colour(self, x: Any, is_prediction: bool = False) -> np.ndarray:
+        return colour_labels(x, self.num_channels, self.name, is_prediction)
 
 
 def to_bytes(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import difflib
 import functools
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -31,6 +31,60 @@ def check_fields(owner: Any, section: str) -> None:
         if not fits(value, hint):
             near = did_you_mean(value, [known for known in _literals(hint) if isinstance(known, str)])
             raise ValueError(f"{section}.{name} must be {describe(hint)}, got {value!r}{near}")
+
+
+def check_positive(owner: Any, section: str, *names: str) -> None:
+    """That numbers, also in tuples and dicts, are above 0; None passes.
+
+    Raises:
+        ValueError: ``section.field must be positive, got ...``.
+    """
+    for where, value, numbers in _numbers(owner, section, names):
+        if any(number <= 0 for number in numbers):
+            what = "positive" if len(numbers) > 1 or isinstance(numbers[0], float) else "a positive integer"
+            raise ValueError(f"{where} must be {what}, got {value}")
+
+
+def check_not_negative(owner: Any, section: str, *names: str) -> None:
+    """That numbers, also in tuples and dicts, are 0 or above; None passes.
+
+    Raises:
+        ValueError: ``section.field must not be negative, got ...``.
+    """
+    for where, value, numbers in _numbers(owner, section, names):
+        if any(number < 0 for number in numbers):
+            raise ValueError(f"{where} must not be negative, got {value}")
+
+
+def check_share(owner: Any, section: str, *names: str, bounds: str = "[0, 1)") -> None:
+    """That numbers, also in tuples and dicts, lie between 0 and 1 (``bounds`` says with which ends); None passes.
+
+    Raises:
+        ValueError: ``section.field must lie in [0, 1), got ...``.
+    """
+    for where, value, numbers in _numbers(owner, section, names):
+        low, high = min(numbers, default=0.5), max(numbers, default=0.5)
+        if low < 0 or high > 1 or (low == 0 and bounds[0] == "(") or (high == 1 and bounds[-1] == ")"):
+            raise ValueError(f"{where} must lie in {bounds}, got {value}")
+
+
+def _numbers(owner: Any, section: str, names: Iterable[str]) -> Iterator[tuple[str, Any, Sequence[float]]]:
+    """Every field of ``names``, and every entry of a dict, with its numbers."""
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, Mapping):
+            yield from ((f"{section}.{name} of {key}", number, (number,)) for key, number in value.items())
+        elif value is not None:
+            yield f"{section}.{name}", value, value if isinstance(value, tuple) else (value,)
+
+
+def check_known(name: str, known: Iterable[str], kind: str) -> None:
+    """``unknown kind name``, with the nearest known one, as a ValueError; a ``kind`` such as ``field bsr.`` goes on in
+    the name."""
+    known = list(known)
+    if name not in known:
+        gap = "" if kind.endswith(".") else " "
+        raise ValueError(f"unknown {kind}{gap}{printable(name)}{did_you_mean(name, known)}")
 
 
 def tuples(value: Any) -> Any:

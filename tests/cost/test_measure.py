@@ -81,11 +81,11 @@ def test_rounds_are_interleaved_and_reversed() -> None:
 
 def test_times_are_real() -> None:
     timing = time_interleaved({"sleep": lambda: time.sleep(0.01)}, repeats=3, warmup=0)["sleep"]
-    assert 10 <= timing.min_ms <= timing.median_ms
+    assert timing.median_ms >= 10
 
 
 def test_paired_ratio_ignores_a_common_disturbance() -> None:
     slow, fast = Timing((2.0, 20.0, 2.0, 2.0)), Timing((1.0, 10.0, 1.0, 4.0))
     assert paired_ratio(slow, fast) == 2.0
-    assert slow.median_ms == 2000 and slow.min_ms == 2000
+    assert slow.median_ms == 2000
     assert Timing((1.0,)).spread_ms == (1000.0, 1000.0)

@@ -75,7 +75,7 @@ def die_while_writing(number: int) -> None:
 
     checkpoint.save_file = dying(checkpoint.save_file, lambda tensors, path: path)
     torch.save = dying(torch.save, lambda state, path: path)
-    for name in ("_sha256", "_flush", "_remove"):
+    for name in ("_sha256", "flush", "_remove"):
         setattr(checkpoint, name, dying(getattr(checkpoint, name)))
     pathlib.Path.rename = dying(pathlib.Path.rename)
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 
-from m3bsr.utils.checks import check_fields, describe, fits, tuples
+from m3bsr.utils.checks import check_fields, check_not_negative, check_positive, check_share, describe, fits, tuples
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,30 @@ def test_check_fields_of_a_frozen_dataclass():
     with pytest.raises(ValueError) as caught:
         Sample(mode="fsat")
     assert str(caught.value) == "sample.mode must be one of 'fast', 'slow', got 'fsat'; did you mean 'fast'?"
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "message"),
+    [
+        (check_positive, (1, 0), "must be positive, got (1, 0)"),
+        (check_positive, 0, "must be a positive integer, got 0"),
+        (check_positive, {"depth": 2, "edge": -1}, " of edge must be a positive integer, got -1"),
+        (check_not_negative, -0.5, "must not be negative, got -0.5"),
+        (check_not_negative, {"edge": -1.0}, " of edge must not be negative, got -1.0"),
+        (check_share, (0.9, 1), "must lie in [0, 1), got (0.9, 1)"),
+        (check_share, -0.1, "must lie in [0, 1), got -0.1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(check, value, message):
+    with pytest.raises(ValueError) as caught:
+        check(SimpleNamespace(good=0.5, rate=value), "train", "good", "rate")
+    assert str(caught.value) == f"train.rate{'' if message[0] == ' ' else ' '}{message}"
+
+
+def test_none_empty_and_the_ends_of_a_share_pass():
+    owner = SimpleNamespace(none=None, empty={}, zero=0, one=(1.0,))
+    check_positive(owner, "train", "none", "empty", "one")
+    check_not_negative(owner, "train", "none", "empty", "zero")
+    check_share(owner, "train", "none", "empty", "zero", "one", bounds="[0, 1]")
+    with pytest.raises(ValueError, match="zero must lie in"):
+        check_share(owner, "train", "one", "zero", bounds="(0, 1]")

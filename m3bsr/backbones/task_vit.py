@@ -105,10 +105,11 @@ class TaskViTMixin(ReprogrammedMixin):
             return y_BND
 
         adapters = getattr(self, "bsr_adapters", None)
+        last = len(self.blocks) - 1
         wanted, found = frozenset(levels), {task: dict[int, Tensor]() for task in tasks if task in whole}
 
         def tap(index: int, state: TokenState) -> None:
-            if index in wanted and found:
+            if index in wanted and index != last and found:
                 grids = _streams(restore(state, self.plan.restore, grid, adapters), tasks, streams)
                 for task in found:
                     found[task][index] = grids[task]
@@ -127,6 +128,9 @@ class TaskViTMixin(ReprogrammedMixin):
         if found:
             state = restore(state, self.plan.restore, grid, adapters)
         grids = _streams(state, tasks, streams)
+        if last in wanted:  # restored once, as the output and as a level
+            for task in found:
+                found[task][last] = grids[task]
         # Not before: drops that are undone hold no features, which would live as long as the output.
         per_task = _split(state, len(streams)) if len(streams) > 1 else [state] * len(tasks)
         learning = [r for i, r in routing.items() if self._gates_train(i)]

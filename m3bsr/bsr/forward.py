@@ -130,22 +130,17 @@ def run_blocks(
         if i == plan.restore_before:
             state = restore(state, plan.restore, grid, adapters)
         if not isinstance(block, Block):
-            if i in roles.score_of or roles.scores(i):
-                raise ValueError(f"block {i} is a {type(block).__name__}; only timm's Block can drop or score tokens")
-            if state.aside_BRD is not None:
-                raise ValueError(
-                    f"block {i} is a {type(block).__name__}; "
-                    f"behind a drop from the backward pass only timm's Block can run"
-                )
-            state = replace(state, x_BND=block(state.x_BND))
+            state = _run_other(block, i, state, roles)
             tap(i, state)
             continue
+        # The block's own way to run its halves gathers weights that are spread over processes, or compiles.
+        run_half: Run = getattr(block, "run_half", call)
         with_graph = i >= roles.first_trained and torch.is_grad_enabled()
         store = choose_storage(plan, packer, block, roles.trained[i]) if with_graph else Storage()
         needs_keys = i in roles.score_of and needs_match(plan, restorable)
         kind: ScoreKind = "none" if not roles.scores(i) else ("class_row" if has_class_token else "received")
 
-        attended: Attended = _gathered(block)(
+        attended: Attended = run_half(
             store.attention,
             attention_half,
             block,
@@ -192,9 +187,7 @@ def run_blocks(
         # No name for the result: it would keep these tokens alive while the next block runs.
         state = replace(
             state,
-            x_BND=_gathered(block)(
-                store.mlp, mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch
-            ),
+            x_BND=run_half(store.mlp, mlp_half, block, i, state.x_BND, state.before_BND, run_mlp, store.stretch),
             before_BND=None,
         )
         tap(i, state)
@@ -210,10 +203,14 @@ def needs_match(plan: Plan, restorable: bool) -> bool:
     return plan.fuse == "merge" or (restorable and plan.restore in ("transfer", "unmerge"))
 
 
-def _gathered(block: nn.Module) -> Run:
-    """How to run a half of a block: as it is, or by the block's own ``run_half``, which first gathers weights that
-    are spread over several processes."""
-    return getattr(block, "run_half", call)
+def _run_other(block: nn.Module, index: int, state: TokenState, roles: BlockRoles) -> TokenState:
+    """A block that is not timm's ``Block`` takes and gives tokens, and that is all that is known of it."""
+    name = f"block {index} is a {type(block).__name__}"
+    if index in roles.score_of or roles.scores(index):
+        raise ValueError(f"{name}; only timm's Block can drop or score tokens")
+    if state.aside_BRD is not None:
+        raise ValueError(f"{name}; behind a drop from the backward pass only timm's Block can run")
+    return replace(state, x_BND=block(state.x_BND))
 
 
 def attention_half(
@@ -253,6 +250,7 @@ def attention_half(
 
 
 def _drop(block: Block, index: int, x_BND: Tensor, dropping: Callable[..., TokenState]) -> TokenState:
+    """A drop with the arguments of half a block, which :class:`~m3bsr.bsr.storage.Packer` reads."""
     return dropping(block=index)
 
 

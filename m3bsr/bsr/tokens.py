@@ -216,13 +216,15 @@ def drop(
         before, _, before_dropped = without_dropped(state.before_BND)
     stage = DropStage(
         block,
-        P,
-        Q,
-        fuse,
-        keep_idx,
-        drop_idx,
-        state.patch_BM,
-        weight.detach(),
+        num_prefix=P,
+        num_protected=Q,
+        fuse=fuse,
+        keep_idx_BK=keep_idx,
+        drop_idx_BR=drop_idx,
+        patch_BM=state.patch_BM,
+        weight_BR=weight.detach(),
+        x_drop_BRD=dropped if "dropped" in remember and not aside else None,
+        x_keep_BKD=kept if "kept" in remember and not aside else None,
         match_BR=match,
         size_BM=size,
         aside=aside,
@@ -233,12 +235,6 @@ def drop(
             state,
             aside_BRD=_behind(state.aside_BRD, dropped),
             aside_before_BRD=None if before_dropped is None else _behind(state.aside_before_BRD, before_dropped),
-        )
-    else:
-        stage = replace(
-            stage,
-            x_drop_BRD=dropped if "dropped" in remember else None,
-            x_keep_BKD=kept if "kept" in remember else None,
         )
     return replace(
         state,

@@ -162,32 +162,9 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
         optimizer,
         scheduler,
         run_dir=run_dir,
-        config_dict=config.to_dict(),
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        batch_size=config.train.batch_size,
-        accumulate=config.train.accumulate,
-        eval_every=config.train.eval_every,
-        eval_batch_size=config.train.eval_batch_size,
-        save_every=config.train.save_every,
-        log_every=config.train.log_every,
-        num_workers=config.data.num_workers,
-        max_skipped=config.data.max_skipped,
-        num_views=config.data.num_views,
-        seed=config.run.seed,
         resume=resume,
         device=device,
-        precision=config.train.precision,
-        clip_norm=config.train.clip_norm,
-        ema_decay=config.train.ema_decay,
-        loss_weights=config.loss.weights,
-        loss_balance=config.loss.balance,
-        loss_conflict=config.loss.conflict,
-        loss_stride=config.loss.stride,
-        balance_weight=config.moe.balance_weight,
-        z_weight=config.moe.z_weight,
-        expert_parallel=config.moe.expert_parallel,
-        **options,
+        **{**train_options(config), **options},
     )
     summary = summarise(result, model, device, time.perf_counter() - began)
     finished = from_main(lambda: not result.step_ms and (run_dir / "result.json").exists())
@@ -204,6 +181,35 @@ def _run(config: Config, device: torch.device, options: Mapping[str, Any]) -> tu
         with torch.compiler.set_stance("force_eager"):  # counts what operators do, and other shapes are not worth it
             finish_run(run_dir, config, model, tasks, val_set)
     return result, summary
+
+
+def train_options(config: Config) -> dict[str, Any]:
+    """What ``engine.train`` is told of a config, as its keyword arguments."""
+    return {
+        "config_dict": config.to_dict(),
+        "epochs": config.train.epochs,
+        "max_steps": config.train.max_steps,
+        "batch_size": config.train.batch_size,
+        "accumulate": config.train.accumulate,
+        "eval_every": config.train.eval_every,
+        "eval_batch_size": config.train.eval_batch_size,
+        "save_every": config.train.save_every,
+        "log_every": config.train.log_every,
+        "num_workers": config.data.num_workers,
+        "max_skipped": config.data.max_skipped,
+        "num_views": config.data.num_views,
+        "seed": config.run.seed,
+        "precision": config.train.precision,
+        "clip_norm": config.train.clip_norm,
+        "ema_decay": config.train.ema_decay,
+        "loss_weights": config.loss.weights,
+        "loss_balance": config.loss.balance,
+        "loss_conflict": config.loss.conflict,
+        "loss_stride": config.loss.stride,
+        "balance_weight": config.moe.balance_weight,
+        "z_weight": config.moe.z_weight,
+        "expert_parallel": config.moe.expert_parallel,
+    }
 
 
 def test_metrics(config: Config, device: torch.device) -> dict[str, Any]:

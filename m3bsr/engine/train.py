@@ -200,7 +200,7 @@ def train(
             # evaluate: first thing in the loop, so that a run that was stopped before it catches up
             if evaluation_is_due():
                 try:
-                    unless_stopped = _until(stop, val_batches)
+                    unless_stopped = _UnlessStopped(stop, val_batches)
                     with saver.averaged():
                         distributed.same_buffers(model)
                         metrics = evaluate(model, tasks, unless_stopped, device, precision, progress=progress_bar)
@@ -320,7 +320,7 @@ class _StoppedError(Exception):
     """A signal came during an evaluation, whose half is of no use."""
 
 
-class _until:
+class _UnlessStopped:
     """The batches of a loader, unless a signal comes."""
 
     def __init__(self, stop: StopSignal, loader: Any) -> None:

@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from m3bsr.build import build_tasks
 from m3bsr.cli.common import metrics_table, one_line_errors, write_json
-from m3bsr.cli.evaluate import PROTOCOLS
+from m3bsr.cli.evaluate import PROTOCOLS, protocol_of
 from m3bsr.config import Config, DataConfig
 from m3bsr.data import DATASETS
-from m3bsr.data.dense import parse_target_size
+from m3bsr.data.dense import parse_target_size, trim_evenly
 from m3bsr.engine.predictions import read_about, read_saved, saved_file
 from m3bsr.tasks.base import Task
 from m3bsr.tasks.scoring import Scorer
+from m3bsr.utils.checks import did_you_mean
 from m3bsr.utils.constants import IGNORE
 from m3bsr.utils.lookup import lookup
 
@@ -65,15 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_val=args.max_val or data.get("max_val"),
         )
     )
+    if not args.tasks:
+        _say_unscored(args.folder, config)
     report, faults = score(args.folder, config, protocol, num_workers=args.num_workers)
     for fault in faults[:MAX_FAULTS]:
         print(f"error: {fault}", file=sys.stderr)
     if faults:
         more = f"; the first {MAX_FAULTS} are above" if len(faults) > MAX_FAULTS else ""
         raise ValueError(f"{len(faults)} predictions of {args.folder} cannot be scored{more}")
+    report["flip"] = bool(known.get("flip"))
     write_json(args.out or args.folder / f"scores-{protocol.replace(':', '-')}.json", report)
     print(f"{report['num_images']} images of {config.data.name}, split {config.data.val_split}")
-    print(metrics_table(report["metrics"], protocol))
+    print(metrics_table(report["metrics"], protocol_of(report)))
     return 0
 
 
@@ -88,6 +92,16 @@ def tasks_in(folder: Path, dataset: str) -> tuple[str, ...]:
     if not found:
         raise ValueError(f"{folder} has no folder of a task of {dataset} ({', '.join(known)})")
     return found
+
+
+def _say_unscored(folder: Path, config: Config) -> None:
+    """Folders that are no task of the data set, such as ``sal`` of other programs, must not go unnoticed."""
+    known = DATASETS[config.data.name].known_tasks
+    for other in sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in known):
+        near = did_you_mean(other, known)
+        print(
+            f"warning: not scored: {other}, no task of {config.data.name} ({', '.join(known)}){near}", file=sys.stderr
+        )
 
 
 def score(
@@ -109,13 +123,14 @@ def score(
     with Scorer(num_workers) as scorer:
         for index in tqdm(range(len(labels)), desc="score", unit="image", leave=False, disable=not progress):
             sample = labels[index]
+            stored = labels.stored_size(sample["name"]) if protocol == "original" else None
             for name, task in tasks.items():
                 if not (sample[name] != IGNORE).any():
                     continue
                 path = saved_file(folder, name, task.saved_suffixes, sample["name"])
                 try:
-                    saved = read_matching(task, path, sample[name], protocol)
-                    scorer.add(task, metrics[name], saved[None], sample[name][None], saved=True)
+                    saved, target = read_matching(task, path, sample[name], protocol, stored)
+                    scorer.add(task, metrics[name], saved[None], target[None], saved=True)
                 except (ValueError, OSError) as error:
                     faults.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         scorer.finish()
@@ -124,14 +139,20 @@ def score(
     return {**about, "data": {"name": data.name, "split": data.val_split}, "metrics": scores}, faults
 
 
-def read_matching(task: Task, path: Path, target: Tensor, protocol: str) -> Tensor:
-    """A saved prediction that has the size of its label.
+def read_matching(
+    task: Task, path: Path, target: Tensor, protocol: str, stored: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """A saved prediction and its label, of one size: of a padded label the middle, if the prediction is as large as
+    the file of the label (``stored``).
 
     Raises:
-        FileNotFoundError, ValueError: it has not, see also ``read_saved``.
+        FileNotFoundError, ValueError: they are not of one size, see also ``read_saved``.
     """
     saved = read_saved(task, path)
+    if stored and stored == (saved.shape[-2], saved.shape[-1]):
+        target = trim_evenly(target, stored)
     if saved.shape[-2:] != target.shape[-2:]:
-        sizes = ["{}x{}".format(*x.shape[-2:]) for x in (saved, target)]
-        raise ValueError(f"{path} is {sizes[0]} pixels, its label {sizes[1]} (protocol {protocol})")
-    return saved
+        sizes = ["{}x{}".format(*size) for size in (saved.shape[-2:], target.shape[-2:], stored or (0, 0))]
+        unpadded = f", {sizes[2]} before it was padded" if stored else ""
+        raise ValueError(f"{path} is {sizes[0]} pixels, its label {sizes[1]}{unpadded} (protocol {protocol})")
+    return saved, target

@@ -24,12 +24,20 @@ def truth_files(folder: Path) -> dict[str, list[Path]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder of annotations: {folder}")
-    annotators = sorted(path for path in folder.iterdir() if path.is_dir()) or [folder]
-    found = {annotator: {p.stem: p for p in annotator.iterdir() if p.suffix in SUFFIXES} for annotator in annotators}
+    annotators = sorted(path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path)) or [folder]
+    found = {
+        annotator: {p.stem: p for p in annotator.iterdir() if p.suffix in SUFFIXES and not _is_hidden(p)}
+        for annotator in annotators
+    }
     names = sorted({name for files in found.values() for name in files})
     if not names:
         raise ValueError(f"{folder} holds no annotation ({', '.join(SUFFIXES)})")
     return {name: [found[a].get(name, a / f"{name}.png") for a in annotators] for name in names}
+
+
+def _is_hidden(path: Path) -> bool:
+    """What file managers and archives leave behind is no annotator."""
+    return path.name.startswith((".", "__"))
 
 
 def read_boundaries(paths: list[Path]) -> Tensor:

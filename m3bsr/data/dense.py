@@ -100,6 +100,10 @@ class DenseImages(Dataset, ABC):
         """Image uint8 ``[3, H, W]``."""
         return read_image(self.image_file(name))
 
+    def stored_size(self, name: str) -> tuple[int, int] | None:
+        """Height and width of a sample's files where :meth:`arrange` pads them evenly; None where it does not."""
+        return None
+
     def arrange(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Change image and targets together before any transform, at either ``target_size``."""
         return sample
@@ -128,7 +132,11 @@ class DenseImages(Dataset, ABC):
         if target is None:
             return blank(task, image.shape[-2:])
         if target.shape[-2:] != image.shape[-2:]:
-            raise ValueError(f"{path} is {_size(target)} pixels, its image {self.image_file(name)} {_size(image)}")
+            turned = target.shape[-2:] == image.shape[:-3:-1]
+            raise ValueError(
+                f"{path} is {_size(target)} pixels, its image {self.image_file(name)} {_size(image)}"
+                + (" (pixels count as they are stored, whatever orientation a camera noted)" if turned else "")
+            )
         return target
 
     def faults(self, index: int) -> list[str]:
@@ -172,6 +180,12 @@ def pad_evenly(sample: dict[str, Any], multiple: int) -> dict[str, Any]:
     edges = [across // 2, down // 2, across - across // 2, down - down // 2]
     colour = [round(255 * c) for c in IMAGENET_DEFAULT_MEAN]
     return {key: F.pad(value, edges, fill=colour if key == "image" else IGNORE) for key, value in sample.items()}
+
+
+def trim_evenly(padded: Tensor, size: tuple[int, int]) -> Tensor:
+    """What :func:`pad_evenly` was given, ``size`` = (h, w), out of ``[C, H, W]``."""
+    top, left = ((full - own) // 2 for full, own in zip(padded.shape[-2:], size, strict=True))
+    return padded[..., top : top + size[0], left : left + size[1]]
 
 
 def _size(picture: Tensor) -> str:

@@ -18,6 +18,8 @@ from m3bsr.utils.foreign import one_line
 MAX_PIXELS = 100_000_000
 # What is decoded, whatever a file is called: Pillow knows many more formats, among them EPS, which starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+# Pillow's modes of grey pictures in more than 8 bits.
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 
 
 def dataset_path(root: str | Path) -> Path:
@@ -49,9 +51,24 @@ def read_image(path: Path) -> Tensor:
     """An RGB image as uint8 ``[3, H, W]``.
 
     Raises:
-        FileNotFoundError, ValueError: missing, no image, truncated, or larger than ``MAX_PIXELS``.
+        FileNotFoundError, ValueError: missing, no image, truncated, larger than ``MAX_PIXELS``, or grey in 16 bits.
     """
     return torch.from_numpy(_pixels(path, "RGB")).permute(2, 0, 1)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture, read from its header alone.
+
+    Raises:
+        FileNotFoundError, ValueError: missing, or no image.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"missing file: {path}")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception as error:  # a damaged file fails in many ways: OSError, SyntaxError, struct.error
+        raise ValueError(f"cannot read image {path}: {one_line(error)}") from None
 
 
 def read_labels(path: Path, table: np.ndarray, dtype: type[np.generic] = np.uint8) -> Tensor:
@@ -103,7 +120,9 @@ def _pixels(path: Path, mode: str | None, grey: bool = False) -> np.ndarray:
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
-                if grey and image.mode not in ("L", "P", "I;16", "I", "F"):
+                if mode == "RGB" and image.mode in DEEP:  # Pillow would cut them off at 255: a white picture
+                    raise ValueError("a picture of 8 bits is expected; scale its grey values to 0-255 first")
+                if grey and image.mode not in ("L", "P", *DEEP):
                     mode = "L"
                 array = np.array(image.convert(mode) if mode else image)
     except Exception as error:  # a damaged file fails in many ways: OSError, SyntaxError, struct.error
@@ -166,9 +185,9 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8. ValueError, with the file, for anything else."""
+    """A text file in UTF-8, with a byte order mark or without. ValueError, with the file, for anything else."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text file: {error}") from None
 

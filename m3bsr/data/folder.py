@@ -204,7 +204,7 @@ def read_classes_of(root: Path) -> dict[str, str]:
         ValueError: not two columns, or an image twice.
     """
     path, classes = root / CLASSES_FILE, {}
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         for number, row in enumerate(_rows(file, path), start=1):
             row = [cell.strip() for cell in row]
             if not any(row) or (number == 1 and row == ["name", "class"]):

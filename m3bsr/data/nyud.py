@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from m3bsr.data.dense import DenseImages, pad_evenly
-from m3bsr.data.files import check_files, read_names
+from m3bsr.data.files import check_files, picture_size, read_names
 from m3bsr.data.targets import (
     class_table,
     read_classes,
@@ -133,7 +133,13 @@ class NYUD(DenseImages):
                 )
         self.packaging = find_packaging(self.root, self.tasks)
         _say(self.root, self.packaging.name)
-        return read_names(self.split_file)
+        names = read_names(self.split_file)
+        if self.resized_to and self.resized_to == self.stored_size(names[0]):
+            raise ValueError(
+                f"{self.target_size} is the size of the files of {self.packaging.name}, whose padded labels would be "
+                "squeezed into it: original scores the same pixels, and takes saved predictions of this size"
+            )
+        return names
 
     @classmethod
     def tasks_in(cls, root: Path) -> tuple[str, ...]:
@@ -156,6 +162,9 @@ class NYUD(DenseImages):
 
     def read_target(self, task: str, path: Path, name: str) -> Tensor:
         return self.packaging.labels[task][1](path)
+
+    def stored_size(self, name: str) -> tuple[int, int] | None:
+        return picture_size(self.image_file(name)) if self.packaging.multiple > 1 else None
 
     def arrange(self, sample: dict[str, Any]) -> dict[str, Any]:
         return pad_evenly(sample, self.packaging.multiple)

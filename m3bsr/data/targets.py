@@ -64,7 +64,7 @@ def normals_target(raw: Tensor, path: Path) -> Normals:
     """Unit vectors ``[3, H, W]``, renormalised; zero vectors, NaN and (255, 255, 255) are holes.
 
     Raises:
-        ValueError: a vector twice as long as it should be.
+        ValueError: a vector twice as long as it should be, or all of them between 0 and 1: ``(n + 1) / 2``, a colour.
     """
     # Not raw.norm(dim=0), which takes thirty times as long over three channels.
     length = raw.square().sum(dim=0, keepdim=True).sqrt()
@@ -72,6 +72,8 @@ def normals_target(raw: Tensor, path: Path) -> Normals:
     wrong = valid & (length > 2)
     if wrong.any():
         raise ValueError(f"{path}: a normal of length {length[wrong][0]:g}, unit vectors are expected")
+    if not (raw < 0).any() and (valid & ((length - 1).abs() > 0.05)).sum() > 0.5 * valid.sum():
+        raise ValueError(f"{path}: no component is negative, and lengths are not 1: n is expected, not (n + 1) / 2")
     return Normals(torch.where(valid, raw / length, float(IGNORE)))
 
 

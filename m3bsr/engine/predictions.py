@@ -10,9 +10,9 @@ normals                   ``.npy`` float32 ``[H, W, 3]``: unit vectors, axes as 
                                    with ``2 value / 255 - 1``
 ========================  =======  =====================================================================================
 
-These are the folders and files of the usual multi-task scripts (MTL-PyTorch, M3ViT, InvPT), whose depth is ``.mat`` and
-whose normals are pictures; edge pictures go as they are into the boundary benchmarks. ``predictions.json`` says how
-they came about.
+These are the folders and files of the usual multi-task scripts (MTL-PyTorch, M3ViT, InvPT), whose depth is ``.mat``,
+whose normals are pictures, and whose folder of saliency is ``sal``, to be renamed; edge pictures go as they are into
+the boundary benchmarks. ``predictions.json`` says how they came about.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def test_scores_from_disk_equal_those_of_the_evaluation(run, root, tmp_path, cap
     assert np.load(out / "normals" / "2.npy").shape == (*size, 3) and np.load(out / "depth" / "2.npy").shape == size
     assert score.main([str(out), "--data.root", str(root), "--num-workers", "1"]) == 0
     as_scored = protocol if protocol != "network" else "resized:32x48"
-    assert capsys.readouterr().out.count(f"[{as_scored}]") == 4
+    assert capsys.readouterr().out.count(f"[{as_scored}{', flip' if flip else ''}]") == 4
     scores = json.loads((out / f"scores-{as_scored.replace(':', '-')}.json").read_text())
     close(scores["metrics"], report["metrics"])
     assert not out.with_name("out.writing").exists()
@@ -126,6 +126,26 @@ def test_predictions_of_another_program(run, root, saved, tmp_path, capsys) -> N
     expected = json.loads((saved / "scores-original.json").read_text())["metrics"]
     assert found["depth"] == expected["depth"] and found["edge"] == expected["edge"]
     assert found["normals"]["mean"] == pytest.approx(expected["normals"]["mean"], rel=0.01)
+
+
+def test_predictions_of_the_size_before_padding_are_scored_in_place(root, tmp_path, capsys) -> None:
+    """NYUDv2 is padded when read, from 40x56 to 64x64; others save predictions as large as its files."""
+    v2, out = tmp_path / "NYUDv2", tmp_path / "out"
+    shutil.copytree(root, v2)
+    for path in (v2 / "images").glob("*.jpg"):
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    shutil.copytree(root / "depth", out / "depth")
+    (out / "sal").mkdir()
+    assert score.main([str(out), "--data.root", str(v2)]) == 0
+    assert "not scored: sal, no task of nyud" in capsys.readouterr().err
+    perfect = json.loads((out / "scores-original.json").read_text())["metrics"]["depth"]
+    assert perfect["rmse"] == 0 and perfect["delta1"] == 1
+    assert score.main([str(out), "--data.root", str(v2), "--protocol", "resized:40x56"]) == 2
+    assert "resized:40x56 is the size of the files" in capsys.readouterr().err
+    np.save(out / "depth" / "2.npy", np.ones((20, 30), np.float32))
+    assert score.main([str(out), "--data.root", str(v2)]) == 2
+    assert "20x30 pixels, its label 64x64, 40x56 before it was padded" in capsys.readouterr().err
 
 
 def test_every_faulty_file_is_a_line(root, saved, capsys) -> None:

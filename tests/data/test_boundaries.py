@@ -37,6 +37,15 @@ def predictions(tmp_path) -> Path:
     return folder
 
 
+def test_what_file_managers_leave_behind_is_no_annotator(tmp_path, drawn):
+    truth = write(tmp_path / "truth", drawn, "folders")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (truth / name).mkdir()
+    (truth / "a0" / "._0.png").touch()
+    files = truth_files(truth)
+    assert list(files) == ["0", "1"] and [path.parent.name for path in files["0"]] == ["a0", "a1"]
+
+
 def write(root: Path, drawn: np.ndarray, form: str) -> Path:
     for i, image in enumerate(drawn):
         if form == "mat":

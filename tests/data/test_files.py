@@ -56,6 +56,15 @@ def test_images_of_any_mode_become_rgb(tmp_path, mode):
     assert (image.int() - 204).abs().max() <= 3
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_grey_of_more_than_8_bits_is_not_cut_off(tmp_path, dtype):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.array([[200, 300]], dtype)).save(path)
+    with pytest.raises(ValueError, match=r"a\.tif: a picture of 8 bits is expected; scale") as caught:
+        read_image(path)
+    assert _one_line(caught.value, path)
+
+
 def test_a_png_of_pillows_own_bomb_size_is_one_line(tmp_path, monkeypatch):
     Image.new("L", (50, 50)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow raises above twice that
@@ -127,6 +136,8 @@ def test_an_archive_under_the_name_of_an_array_is_refused(tmp_path):
 def test_names_keep_their_order_and_blank_lines_and_line_ends_do_not_matter(tmp_path):
     (tmp_path / "train.txt").write_bytes(b"0003\r\n\n  0001 \r\ntwo words\n")
     assert read_names(tmp_path / "train.txt") == ["0003", "0001", "two words"]
+    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf0003\r\n")  # with a byte order mark, as Windows writes it
+    assert read_names(tmp_path / "train.txt") == ["0003"]
     (tmp_path / "val.txt").write_text("0001\nsub\\0002\n")
     with pytest.raises(ValueError, match=r"val.txt, line 2: 'sub\\\\0002' is no plain file name"):
         read_names(tmp_path / "val.txt")

@@ -182,7 +182,8 @@ def test_a_faulty_folder_is_an_error_before_training(root, spoil, tasks, message
         ("depth", np.full((H, W), 2500.0), "depth 2500 is out of range, metres"),
         ("semseg", np.full((H, W), 1.5), "label 1.5 is out of range; known: whole numbers 0-255"),
         ("normals", np.full((H, W, 3), 99.0), "a normal of length"),
-        ("edge", np.zeros((H - 1, W), np.uint8), "is 11x20 pixels, its image .* 12x20"),
+        ("edge", np.zeros((H - 1, W), np.uint8), "is 11x20 pixels, its image .* 12x20$"),
+        ("edge", np.zeros((W, H), np.uint8), "is 20x12 pixels, its image .* 12x20 .pixels count as they are stored"),
     ],
 )
 def test_a_faulty_file_names_itself(root, task, values, message):

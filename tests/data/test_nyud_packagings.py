@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from m3bsr.data import NYUD, build_transform
+from m3bsr.data.dense import trim_evenly
 from m3bsr.utils.constants import IGNORE
 
 TASKS = NYUD.known_tasks
@@ -65,6 +66,10 @@ def test_frames_of_the_published_size_are_padded_for_the_network(tmp_path):
     assert network["edge"].shape == (1, 224, 288) and original["edge"].shape == (1, 448, 576)
     assert torch.equal(network["image"], original["image"])
     assert int((original["edge"] != IGNORE).sum()) == 425 * 560
+    stored = NYUD(tmp_path, "val", ("edge",), target_size="original").stored_size("1")
+    assert stored == (425, 560) and (trim_evenly(original["edge"], stored) != IGNORE).all()
+    with pytest.raises(ValueError, match="resized:425x560 is the size of the files of NYUDv2"):
+        NYUD(tmp_path, "val", ("edge",), target_size="resized:425x560")
 
 
 @pytest.mark.parametrize(("folder", "suffix"), [("normals", ".npy"), ("edge", ".npy")])
@@ -89,6 +94,15 @@ def test_normals_written_as_numbers_of_a_picture_are_refused(pair):
     Image.fromarray(np.full((H, W, 3), 250, np.uint8)).save(pair[1] / "normals" / "a.png")
     with pytest.raises(ValueError, match=r"normals/a.png: 2 v / 255 - 1 gives no unit vectors"):
         NYUD(pair[1], "train", TASKS)[0]
+
+
+def test_normals_written_as_a_picture_between_0_and_1_are_refused(pair):
+    path = pair[0] / "normals" / "a.npy"
+    np.save(path, (np.load(path) + 1) / 2)
+    with pytest.raises(ValueError, match=r"normals/a.npy: no component is negative, and lengths are not 1"):
+        NYUD(pair[0], "train", TASKS)[0]
+    np.save(path, np.full((H, W, 3), (0.6, 0, 0.8)))  # a wall; of one sign, but of length 1
+    assert (NYUD(pair[0], "train", TASKS)[0]["normals"] != IGNORE).all()
 
 
 def test_holes_of_pictures(pair):

@@ -14,12 +14,13 @@ endif
 # More arguments for the tool behind a target: make test ARGS="-k plan", make demo ARGS="--train 100"
 ARGS ?=
 
-.PHONY: help env demo test check format bench scale
+.PHONY: help env demo test oldest check format bench scale
 
 help:
 	@echo "make env     environment in .venv"
 	@echo "make demo    generated data, training, a report to look at"
 	@echo "make test    all quick tests (ARGS=\"-k plan\" picks some)"
+	@echo "make oldest  the same with the oldest releases that are supported, in .venv-oldest (BASE_PYTHON=python3.10)"
 	@echo "make check   format, lint, types, layers"
 	@echo "make format  let ruff mend what it can"
 	@echo "make scale   one run in 1, 2 and 4 processes: equal or not, and how fast"
@@ -39,6 +40,11 @@ demo: env
 # One thread a process: two workers with two threads each on two cores only get into each other's way.
 test: env
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+oldest:
+	$(BASE_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -e ".[dev]" -c tests/oldest.txt
+	$(MAKE) PYTHON=.venv-oldest/bin/python test
 
 check: env
 	$(PY) -m ruff format --check .

@@ -96,7 +96,7 @@ def convert(root: Path, size: tuple[int, int], frame: Frame) -> None:
     arrays = {"image": np.asarray(small, np.float32) / 255}
     if frame.labels:
         labels = _nearest(read_labels(frame.labels, CLASS_TABLE)[0].numpy(), size, frame.labels, image.shape[:2])
-        arrays["label_7"] = np.where(labels == IGNORE, -1, labels).astype(np.int8)
+        arrays["label_7"] = np.where(labels == IGNORE, -1, labels.astype(np.int16)).astype(np.int8)
     if frame.disparity and frame.camera:
         raw = read_labels(frame.disparity, DISPARITIES, np.int32)[0].numpy()
         raw = _nearest(raw, size, frame.disparity, image.shape[:2])

@@ -246,7 +246,9 @@ def attention_half(
     if aside_BRD is not None and aside is not None:
         with torch.no_grad():
             aside = aside_BRD + block.drop_path1(block.ls1(aside))
-    return attended._replace(x_BND=x_BND + block.drop_path1(block.ls1(attended.x_BND)), aside_BRD=aside)
+    x_BND = x_BND + block.drop_path1(block.ls1(attended.x_BND))
+    # Not _replace, which torch.compile of torch 2.11 cannot follow.
+    return Attended(x_BND, attended.scores_BM, attended.keys_BMd, aside)
 
 
 def _drop(block: Block, index: int, x_BND: Tensor, dropping: Callable[..., TokenState]) -> TokenState:

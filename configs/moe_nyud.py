@@ -22,7 +22,7 @@ from m3bsr.config import (
 
 config = Config(
     data=DataConfig(name="nyud", tasks=("semseg", "depth", "normals", "edge"), image_size=(480, 640), augment="astmt"),
-    model=ModelConfig(backbone="m3vit_small_patch16", weights="timm", head="light", drop_path=0.1),
+    model=ModelConfig(backbone="m3vit_small_patch16", weights="timm", head="multilevel", drop_path=0.1),
     moe=MoEConfig(num_experts=16, top_k=4, mlp_ratio=1.0, gate="slots", gate_mode="per_task", upcycle="split"),
     bsr=Plan(train_blocks=(3, 7, 11), drop_blocks=(3, 6, 9), keep_rate=0.8, **MERGED),
     loss=LossConfig(stride=4),

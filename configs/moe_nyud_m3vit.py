@@ -3,7 +3,7 @@
 SGD with learning rate 2e-3, momentum .9, weight decay 1e-4 (here never of biases and norms), poly .9 (here each step,
 there each epoch), 100 epochs, batch 16, fp32, no warm-up, no clipping, SETR-PUP heads with full-size losses, everything
 trained. Its experts were trained on ImageNet; here they are made of DeiT's MLPs. The modern recipe beside it (AdamW,
-warm-up, cosine, bf16, light heads, losses at a quarter of the size) is configs/moe_nyud_full.py.
+warm-up, cosine, bf16, heads that read four blocks, losses at a quarter of the size) is configs/moe_nyud_full.py.
 
 Command:   tools/train.py configs/moe_nyud_m3vit.py --data.root DATA/NYUD_MT
 Hardware:  one GPU with 24 GB

@@ -197,20 +197,32 @@ def _plain(value: Any) -> Any:
     return value
 
 
+# What has no effect where nothing is dropped.
+OF_DROPS = (
+    *("bsr.keep_rate", "bsr.select", "bsr.drop_from", "bsr.fuse", "bsr.proportional", "bsr.score_source"),
+    *("bsr.schedule", "bsr.schedule_steps", "bsr.restore", "bsr.restore_before", "bsr.eval_keep_rate"),
+)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """``section.field`` of a run's config, without those of experts or drops that it has not."""
+    sections = {name: fields for name, fields in read_json(folder / "config.json").items() if name != "run"}
+    settings = {f"{name}.{key}": value for name, fields in sections.items() for key, value in fields.items()}
+    idle = set(OF_DROPS) if settings.get("bsr.drop_blocks") == [] else set()
+    if settings.get("moe.blocks") == []:
+        idle |= {key for key in settings if key.startswith("moe.") and key != "moe.blocks"}
+    return {key: value for key, value in settings.items() if key not in idle}
+
+
 def same_or_complain(group: str, folders: Sequence[Path]) -> None:
     """Seeds of one name must differ in their seed alone.
 
     Raises:
         ValueError: two of them have other settings (names the first field).
     """
-
-    def flat(folder: Path) -> dict[str, Any]:
-        sections = {name: fields for name, fields in read_json(folder / "config.json").items() if name != "run"}
-        return {f"{name}.{key}": value for name, fields in sections.items() for key, value in fields.items()}
-
-    first = flat(folders[0])
+    first = _settings(folders[0])
     for folder in folders[1:]:
-        other = flat(folder)
+        other = _settings(folder)
         changed = [key for key in first if key in other and first[key] != other[key] and key != "bsr.train_experts"]
         if changed:
             raise ValueError(

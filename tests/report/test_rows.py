@@ -51,6 +51,31 @@ def test_seeds_with_other_settings_are_no_seeds(tmp_path) -> None:
         same_or_complain("x", runs)
 
 
+def test_settings_of_what_a_run_does_not_have_make_no_other_run(tmp_path) -> None:
+    """Defaults of gates and drops changed between two seeds that have no experts and drop nothing."""
+    settings = {
+        "a-s0": ([], "vmoe", [], 0.7),
+        "a-s1": ([], "slots", [], 0.8),
+        "b-s0": ([11], "vmoe", [], 0.7),
+        "b-s1": ([11], "slots", [], 0.7),
+        "c-s0": ([], "vmoe", [3], 0.7),
+        "c-s1": ([], "vmoe", [3], 0.8),
+        "d-s0": ([], "vmoe", [], 0.7),
+        "d-s1": ([11], "vmoe", [], 0.7),
+        "e-s0": ([], "vmoe", [], 0.7),
+        "e-s1": ([], "vmoe", [3], 0.7),
+    }
+    for name, (blocks, gate, drops, rate) in settings.items():
+        (tmp_path / name).mkdir()
+        config = {"moe": {"blocks": blocks, "gate": gate}, "bsr": {"drop_blocks": drops, "keep_rate": rate}}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    same_or_complain("a", [tmp_path / "a-s0", tmp_path / "a-s1"])
+    fields = {"b": "moe.gate", "c": "bsr.keep_rate", "d": "moe.blocks", "e": "bsr.drop_blocks"}
+    for name, field in fields.items():
+        with pytest.raises(ValueError, match=f"{name}-s1 is no seed of {name}: its {field} "):
+            same_or_complain(name, [tmp_path / f"{name}-s0", tmp_path / f"{name}-s1"])
+
+
 def test_an_interrupted_run_took_the_time_of_all_its_steps(tmp_path) -> None:
     result = {"step": 4, "wall_s": 3.0, "metrics": {"pets": {"nll": 2.0, "top1": 0.5}}}
     log = [{"kind": "train", "step": 2, "step_ms": 400, "data_wait": 0.2}, {"kind": "val", "step": 2}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -49,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     dense = issubclass(dataset, DenseImages)
     tasks = tuple(args.tasks or (dataset.tasks_in(root) if dense else dataset.known_tasks))
     print(f"{root}: {name}, {', '.join(tasks) or 'no labels'}")
-    num_faults, names = 0, {}
+    num_faults, names = 0, dict[str, dict[Path, str]]()
     for split in args.splits:
         num_samples = 0
         try:
             samples = dataset(root, split, tasks, check=False) if dense else dataset(root, split, tasks)
-            num_samples, names[split] = len(samples), list(getattr(samples, "names", []))
+            num_samples = len(samples)
+            names[split] = {samples.image_file(name): name for name in samples.names} if dense else {}
             found = faults(samples, args.workers, split)
         except (ValueError, OSError) as error:  # of the split as a whole
             found = iter([str(error)])
@@ -147,12 +148,13 @@ def faults_of(samples: Any, index: int) -> list[str]:
     return []
 
 
-def overlaps(names: dict[str, list[str]]) -> Iterator[str]:
-    """Samples that two splits share: scores on them would flatter."""
+def overlaps(names: Mapping[str, Mapping[Path, str]]) -> Iterator[str]:
+    """Samples that two splits share: scores on them would flatter. ``names[split][image file]``: where each split has
+    a folder of its own, equal names are different samples."""
     splits = list(names)
     for i, first in enumerate(splits):
         for second in splits[i + 1 :]:
-            if both := set(names[first]) & set(names[second]):
+            if both := [name for file, name in names[first].items() if file in names[second]]:
                 yield f"{len(both)} samples are in {first} and in {second}: {', '.join(sorted(both)[:5])}"
 
 

@@ -170,3 +170,12 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, mess
     assert check_data.main(arguments) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_equal_names_in_folders_of_the_splits_are_different_samples(tmp_path, capsys):
+    for split in ("train", "val"):
+        for folder, shape in (("image", (8, 16, 3)), ("label_7", (8, 16))):
+            (tmp_path / split / folder).mkdir(parents=True)
+            np.save(tmp_path / split / folder / "0.npy", np.zeros(shape))
+    code, out = _run(capsys, tmp_path, "--workers", 0)
+    assert code == 0 and "cityscapes, semseg" in out and "warning" not in out

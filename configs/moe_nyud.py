@@ -5,6 +5,7 @@ Hardware:  one GPU with 16 GB (bf16), or several by torchrun (docs/distributed.m
 Time:      not measured yet: this repository has no GPU numbers so far (LOG.md says what was measured, on which machine)
 Expected:  not measured yet; the published M3ViT-small (2 tasks, all trained) reaches mIoU 45.6, rmse .589
 Full fine-tuning: configs/moe_nyud_full.py; by the published recipe: configs/moe_nyud_m3vit.py
+A fifth less memory for a less good head: --model.head light
 """
 
 from m3bsr.config import (

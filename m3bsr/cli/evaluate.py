@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="JSON file to write, in the run folder by default")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    parts = (args.checkpoint, args.protocol.replace(":", "-"), args.split, "flip" if args.flip else None)
-    keep = f"keep{args.keep_rate:g}" if args.keep_rate else None
-    out = args.out or args.run / f"metrics-{'-'.join(filter(None, (*parts, keep)))}.json"
+    out = args.out or args.run / report_name(args)
     report = evaluate_run(
         args.run,
         checkpoint=args.checkpoint,
@@ -77,6 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(metrics_table(report["metrics"], protocol_of(report)))
     print(out)
     return 0
+
+
+def report_name(args: argparse.Namespace) -> str:
+    """A file for each way to evaluate: one of a part never takes the place of the whole."""
+    parts = (
+        args.checkpoint,
+        args.protocol.replace(":", "-"),
+        args.split,
+        "flip" if args.flip else None,
+        f"keep{args.keep_rate:g}" if args.keep_rate else None,
+        "+".join(args.tasks) if args.tasks else None,
+        f"first{args.max_val}" if args.max_val else None,
+        args.precision,
+    )
+    return f"metrics-{'-'.join(filter(None, parts))}.json"
 
 
 def evaluate_run(

@@ -18,7 +18,7 @@ from m3bsr.cli.evaluate import PROTOCOLS, protocol_of
 from m3bsr.config import Config, DataConfig
 from m3bsr.data import DATASETS
 from m3bsr.data.dense import parse_target_size, trim_evenly
-from m3bsr.engine.predictions import read_about, read_saved, saved_file
+from m3bsr.engine.predictions import check_brightest, read_about, read_saved, saved_file
 from m3bsr.tasks.base import Task
 from m3bsr.tasks.scoring import Scorer
 from m3bsr.utils.checks import did_you_mean
@@ -120,6 +120,7 @@ def score(
     labels = DATASETS[data.name](data.root, data.val_split, data.tasks, max_samples=data.max_val, target_size=protocol)
     metrics: dict[str, Any] = {name: task.metric() for name, task in tasks.items()}
     faults: list[str] = []
+    brightest = {name: 0 for name, task in tasks.items() if task.num_channels == 1 and ".png" in task.saved_suffixes}
     with Scorer(num_workers) as scorer:
         for index in tqdm(range(len(labels)), desc="score", unit="image", leave=False, disable=not progress):
             sample = labels[index]
@@ -131,9 +132,13 @@ def score(
                 try:
                     saved, target = read_matching(task, path, sample[name], protocol, stored)
                     scorer.add(task, metrics[name], saved[None], target[None], saved=True)
+                    if name in brightest:
+                        brightest[name] = max(brightest[name], int(saved.max()))
                 except (ValueError, OSError) as error:
                     faults.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         scorer.finish()
+    for name, value in brightest.items():
+        check_brightest(value, folder / name)
     scores = {name: metric.compute() for name, metric in metrics.items()}
     about = {"predictions": str(folder), "protocol": protocol, "num_images": len(labels)}
     return {**about, "data": {"name": data.name, "split": data.val_split}, "metrics": scores}, faults

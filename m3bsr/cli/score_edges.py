@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from m3bsr.cli.common import metrics_table, one_line_errors, write_json
 from m3bsr.data.boundaries import read_boundaries, truth_files
-from m3bsr.engine.predictions import read_saved
+from m3bsr.engine.predictions import check_brightest, read_saved
 from m3bsr.metrics.bsds import bsds_counts
 from m3bsr.metrics.edges import edge_counts
 from m3bsr.metrics.thinning import pack_thresholds, thin_words
@@ -91,7 +91,7 @@ def score(
     counters = {"metrics": edge_counts} | ({"metrics_bsds": bsds_counts} if with_bsds else {})
     tasks = {key: Edge(max_dist=max_dist, thresholds=thresholds, counter=counter) for key, counter in counters.items()}
     metrics = {key: task.metric() for key, task in tasks.items()}
-    faults, num = [], 0
+    faults, num, brightest = [], 0, 0
     files = truth_files(truth)
     with Scorer(num_workers) as scorer:
         for name, paths in tqdm(files.items(), desc="score", unit="image", leave=False, disable=not progress):
@@ -105,9 +105,11 @@ def score(
                 faults.append(str(error))
                 continue
             num += len(target)
+            brightest = max(brightest, int(saved.max()))
             for key, task in tasks.items():
                 scorer.add(task, metrics[key], saved[None], target[None], saved=True)
         scorer.finish()
+    check_brightest(brightest, predictions)
     about = {"predictions": str(predictions), "truth": str(truth), "max_dist": max_dist, "thresholds": thresholds}
     scores = {key: metric.compute() for key, metric in metrics.items()}
     return {**about, "num_images": len(files), "num_annotations": num, **scores}, faults

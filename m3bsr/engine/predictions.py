@@ -97,6 +97,16 @@ def read_saved(task: Task, path: Path) -> Tensor:
     return read_grey(path) if task.saved_channels == 1 else 2 * read_image(path).float() / 255 - 1
 
 
+def check_brightest(brightest: int, folder: Path) -> None:
+    """Look at the largest value of all pictures of probabilities in a folder.
+
+    Raises:
+        ValueError: it is 1, so they were most likely saved as 0 and 1 instead of 0 to 255.
+    """
+    if brightest == 1:
+        raise ValueError(f"{folder}: no pixel is brighter than 1; probabilities are saved as 255 p, not as 0 and 1")
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """``predictions.json`` of a folder; empty where other programs wrote it.
 

@@ -69,7 +69,7 @@ def test_other_commands_open_the_folder_of_few_experts(run, tmp_path):
     assert [len(ids) for ids in report["experts"].values()] == [2, 2]  # top-k of them, whatever the threshold
     assert report["num_images"] == 2
     assert evaluate.main([str(out), "--max-val", "2"]) == 0
-    again = json.loads((out / "metrics-last-network.json").read_text())
+    again = json.loads((out / "metrics-last-network-first2.json").read_text())
     assert again["metrics"]["depth"] == pytest.approx(report["after"]["metrics"], rel=1e-5)
     Image.new("RGB", (60, 40), "grey").save(tmp_path / "photo.png")
     assert predict.main([str(out), str(tmp_path / "photo.png")]) == 0

@@ -167,6 +167,21 @@ def test_every_faulty_file_is_a_line(root, saved, capsys) -> None:
     assert lines[5] == f"error: 5 predictions of {saved} cannot be scored" and len(lines) == 6
 
 
+def test_probabilities_saved_as_zeros_and_ones_are_not_scored_as_nothing(root, saved, capsys) -> None:
+    for path in (saved / "edge").glob("*.png"):
+        with Image.open(path) as picture:
+            drawn = np.asarray(picture) > 127
+        Image.fromarray(drawn.astype(np.uint8)).save(path)
+    drawn[0, 0] = True
+    Image.fromarray(drawn.astype(np.uint8)).save(path)
+    capsys.readouterr()
+    argv = [str(saved), "--data.root", str(root), "--num-workers", "1", "--data.tasks", "semseg", "edge"]
+    assert score.main(argv) == 2
+    assert f"error: {saved / 'edge'}: no pixel is brighter than 1; probabilities are saved as 255 p" in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -104,6 +104,15 @@ def test_faulty_folders_and_files(tmp_path, capsys):
     assert score_edges.main([]) == 2 and "or --bench" in capsys.readouterr().err
 
 
+def test_predictions_of_zeros_and_ones_are_an_error(tmp_path, drawn, predictions, capsys):
+    truth = write(tmp_path / "truth", drawn, "folders")
+    for path in predictions.glob("*.png"):
+        Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8)).save(path)
+    assert score_edges.main([str(predictions), str(truth), "--num-workers", "1"]) == 2
+    assert f"{predictions}: no pixel is brighter than 1" in capsys.readouterr().err
+    assert not (predictions / "edge-scores.json").exists()
+
+
 def test_the_speed_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(score_edges, "BSDS_SIZE", (40, 60))
     assert score_edges.main(["--bench", "--thresholds", "9"]) == 0

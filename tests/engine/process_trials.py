@@ -163,6 +163,7 @@ def two_signals_trial(run_dir: Path) -> dict[str, object]:
     pid, output = fork_run(run_dir, step_s=60.0, num_workers=1), run_dir / "output.txt"
     while not output.exists() or "step 0\n" not in output.read_text():
         time.sleep(0.01)
+    time.sleep(0.5)  # a worker that is still being forked says so when it is interrupted
     began = time.monotonic()
     for _ in range(2):
         os.killpg(pid, signal.SIGINT)

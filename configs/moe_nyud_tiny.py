@@ -4,8 +4,8 @@ Command:   tools/train.py configs/moe_nyud_tiny.py --data.root DATA/NYUD_MT
            --model.weights deit_tiny_patch16_224.safetensors
 Hardware:  2 CPU cores, 2 GB of memory
 Time:      3 to 12 minutes; full fine-tuning takes 2.1 times the operations
-Expected:  mIoU .176, depth rmse .971 m on 200 training and 100 validation frames in bf16, mean of three seeds (full: .181,
-           .940; with --model.head multilevel .197, .963)
+Expected:  mIoU .176, depth rmse .971 m on 200 training and 100 validation frames in bf16, mean of three seeds
+           (full: .181, .940; --model.head multilevel: .197, .963)
 Full fine-tuning: add --bsr.train-blocks all --bsr.drop-blocks; heads only: --bsr.train-blocks --bsr.drop-blocks;
 for half of the memory: --bsr.recompute all; a better head for more work: --model.head multilevel
 """
